@@ -1,0 +1,106 @@
+// A chunk: what one RDMA write carries, and what a local reader finds in a ring slot.
+//   dispatch: ChunkHeader | RowMeta[rows] | RowEntry[num_entries] | pad to 64 | hidden[rows]
+//             (a replay of a plan has neither RowMeta nor RowEntry)
+//   combine : ChunkHeader | hidden[rows] | float weight_grad[rows][top_k] when kFlagWeightGrads is set
+// A hidden row is hidden_size elements, padded to 16 bytes. Layout only: no reader or writer here.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+#include "proto/topology.h"
+
+namespace moe_efa::proto {
+
+inline constexpr std::uint32_t kProtocolVersion = 1;
+inline constexpr std::uint32_t kChunkMagic = 0x4d6f4543;   // "MoEC"
+inline constexpr std::uint32_t kCountsMagic = 0x4d6f4e54;  // "MoNT"
+
+enum class DType : std::uint8_t { kBf16 = 0, kFp32 = 1 };
+constexpr std::uint32_t dtype_bytes(DType dtype) { return dtype == DType::kBf16 ? 2 : 4; }
+
+inline constexpr std::uint8_t kFlagReplay = 1;       // no metadata: the receiver has the plan
+inline constexpr std::uint8_t kFlagWeightGrads = 2;  // combine rows carry top_k fp32 gradients of the weights
+inline constexpr std::uint8_t kFlagLast = 4;         // last chunk of its epoch and ring
+
+struct ChunkHeader {
+  std::uint32_t magic;
+  std::uint16_t version;
+  std::uint8_t phase;
+  std::uint8_t flags;
+  std::uint32_t source_rank;  // the writer: token owner (dispatch) or forwarder (combine)
+  std::uint32_t dtype;
+  std::uint64_t epoch;
+  std::uint64_t seq;      // ring sequence number, never reset
+  std::uint64_t plan_id;  // epoch of the dispatch that made the plan
+  std::uint32_t rows;
+  std::uint32_t first_row;  // ordinal of the first row among all rows of this (source, node)
+  std::uint32_t num_entries;
+  std::uint32_t total_bytes;  // of the whole chunk, header included
+  std::uint32_t reserved[2];
+};
+static_assert(sizeof(ChunkHeader) == 64);
+
+struct RowMeta {
+  std::uint32_t token_idx;    // in the source's batch
+  std::uint32_t num_entries;  // experts of this row on the destination node
+};
+static_assert(sizeof(RowMeta) == 8);
+
+// Entries of a row are sorted by (expert, top-k position).
+struct RowEntry {
+  std::uint32_t index;   // of this row within (source, expert), counted in token order
+  std::uint16_t expert;  // within the destination node
+  std::uint16_t topk_pos;
+  float weight;
+};
+static_assert(sizeof(RowEntry) == 12);
+
+inline constexpr std::uint32_t kMaxTopK = 64;
+
+constexpr std::uint64_t hidden_row_bytes(std::uint32_t hidden_size, DType dtype) {
+  return common::round_up<std::uint64_t>(std::uint64_t{hidden_size} * dtype_bytes(dtype), 16);
+}
+
+constexpr std::uint64_t chunk_hidden_offset(bool replay, std::uint32_t rows, std::uint32_t num_entries) {
+  std::uint64_t metadata = replay ? 0 : rows * sizeof(RowMeta) + std::uint64_t{num_entries} * sizeof(RowEntry);
+  return common::round_up<std::uint64_t>(sizeof(ChunkHeader) + metadata, 64);
+}
+
+constexpr std::uint64_t dispatch_chunk_bytes(bool replay, std::uint32_t rows, std::uint32_t num_entries,
+                                             std::uint64_t row_bytes) {
+  return chunk_hidden_offset(replay, rows, num_entries) + rows * row_bytes;
+}
+
+constexpr std::uint64_t combine_chunk_bytes(bool weight_grads, std::uint32_t rows, std::uint32_t top_k,
+                                            std::uint64_t row_bytes) {
+  return sizeof(ChunkHeader) + rows * row_bytes + (weight_grads ? std::uint64_t{rows} * top_k * sizeof(float) : 0);
+}
+
+// Rows of one (source, destination node) are cut into equal chunks; chunk_rows is the most a slot holds.
+constexpr std::uint32_t rows_per_chunk(std::uint32_t rows, std::uint32_t num_nics, std::uint32_t chunk_rows) {
+  std::uint32_t least = chunk_rows < 8 ? chunk_rows : 8;
+  return common::clamp(common::ceil_div(rows, 2 * num_nics), least, chunk_rows);
+}
+
+// What a rank announces to every rail peer (and to its own node) at the start of an epoch. In a fresh dispatch
+// uint32 counts[experts per node] follow: rows of this source for each expert of the destination node.
+struct CountsRecord {
+  std::uint32_t magic;
+  std::uint16_t version;
+  std::uint8_t phase;
+  std::uint8_t flags;  // kFlagReplay, kFlagWeightGrads
+  std::uint32_t source_rank;
+  std::uint32_t dtype;  // on the wire
+  std::uint64_t epoch;
+  std::uint64_t call;     // number of the call in the group, both phases counted
+  std::uint64_t plan_id;  // epoch of the dispatch that made the plan
+  std::uint64_t first_seq;  // ring sequence number of the epoch's first chunk (dispatch)
+  std::uint32_t rows;       // for the destination node (dispatch)
+  std::uint32_t rows_per_chunk;
+  std::uint32_t num_chunks;
+  std::uint32_t reserved;
+};
+static_assert(sizeof(CountsRecord) == 64);
+
+}  // namespace moe_efa::proto

@@ -1,0 +1,88 @@
+"""The native extension. Pointers are integers; the caller keeps the memory alive for the length of the call."""
+
+from typing import Any
+
+class GroupConfig:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        num_ranks: int,
+        node_size: int,
+        num_experts: int,
+        hidden_size: int,
+        top_k: int,
+        max_tokens_per_rank: int,
+        wire_dtype: str = "auto",
+        combine_dtype: str = "auto",
+        transport: str = "none",
+        provider: str = "",
+        timeout_s: float = 600.0,
+        heartbeat_timeout_s: float = 20.0,
+        memory_budget_bytes: int = 1 << 30,
+        job_key: str = "",
+        listen_host: str = "127.0.0.1",
+        num_threads: int = 1,
+        chunk_rows: int = 0,
+        slots: int = 0,
+    ) -> None: ...
+
+class Plan:
+    """Routing facts of one dispatch; what a handle keeps."""
+
+    @property
+    def plan_id(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def offsets(self) -> list[int]: ...
+    @property
+    def tokens_per_expert(self) -> list[int]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class DispatchArgs:
+    def __init__(
+        self,
+        *,
+        x_ptr: int,
+        dtype: str,
+        num_tokens: int,
+        topk_idx_ptr: int = 0,
+        topk_weights_ptr: int = 0,
+        expert_alignment: int = 1,
+        plan: Plan | None = None,
+    ) -> None: ...
+
+class CombineArgs:
+    def __init__(
+        self,
+        *,
+        y_ptr: int,
+        dtype: str,
+        plan: Plan,
+        out_ptr: int,
+        weights_ptr: int = 0,
+        weight_grads_ptr: int = 0,
+        topk_weight_grads_ptr: int = 0,
+    ) -> None: ...
+
+class Group:
+    """One rank of an expert-parallel group. Every method releases the GIL; calls must not overlap."""
+
+    def __init__(self, config: GroupConfig) -> None: ...
+    def address(self) -> bytes: ...
+    def connect(self, addresses: list[bytes]) -> None: ...
+    def start(self) -> None: ...
+    def dispatch_begin(self, args: DispatchArgs) -> Plan: ...
+    def dispatch_finish(self, out_ptr: int, weights_ptr: int) -> None: ...
+    def combine(self, args: CombineArgs) -> None: ...
+    def abort(self, message: str) -> None: ...
+    def close(self, *, collective: bool, timeout_s: float) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def info(self) -> dict[str, Any]: ...
+
+def build_info() -> dict[str, Any]: ...
+def plan_memory(config: GroupConfig) -> dict[str, int]: ...
