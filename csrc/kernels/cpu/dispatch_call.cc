@@ -1,0 +1,351 @@
+#include "kernels/cpu/dispatch_call.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+#include "common/atomic.h"
+#include "common/mutant.h"
+#include "common/status.h"
+#include "kernels/cpu/pack.h"
+#include "kernels/cpu/pull.h"
+
+namespace moe_efa::kernels::cpu {
+
+using common::load_acquire;
+using common::Mutant;
+using common::mutant;
+using common::store_release;
+using proto::Phase;
+
+namespace {
+
+constexpr auto kPhase = Phase::kDispatch;
+
+}  // namespace
+
+DispatchCall::DispatchCall(const CallContext& context, const DispatchArgs& args)
+    : context_(context), args_(args), replay_(args.plan->complete) {
+  const proto::LayoutConfig& config = context_.view.layout.config();
+  std::size_t num_rings = std::size_t{config.node_size} * config.num_nodes;
+  next_chunk_.assign(config.num_nodes, 0);
+  rings_.resize(num_rings);
+  expert_counts_.assign(num_rings * config.experts_per_rank, 0);
+  expert_base_.assign(num_rings * config.experts_per_rank, 0);
+  RankState& state = context_.state;
+  own_.phase = kPhase;
+  own_.epoch = state.epoch[0]++;
+  own_.call = state.call++;
+  if (!replay_) args_.plan->plan_id = own_.epoch;
+  own_.plan_id = args_.plan->plan_id;
+  own_.flags = replay_ ? proto::kFlagReplay : 0;
+  own_.dtype = args_.wire_dtype;
+  first_seq_ = state.dispatch_sent;
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    state.dispatch_sent[node] += args_.plan->send[node].facts.num_chunks;
+  }
+}
+
+std::size_t DispatchCall::ring_index(std::uint32_t local, std::uint32_t node) const {
+  return std::size_t{local} * context_.view.topology.num_nodes() + node;
+}
+
+void DispatchCall::reject(std::uint32_t rank, const char* what) const {
+  std::ostringstream text;
+  text << "counts of rank " << rank << " in dispatch, epoch " << own_.epoch << ": " << what;
+  throw common::StatusError({common::StatusCode::kProtocol, static_cast<int>(rank), static_cast<int>(kPhase),
+                             static_cast<std::int64_t>(own_.epoch), -1, text.str()});
+}
+
+bool DispatchCall::step() {
+  if (done_) return false;
+  if (!begun_) return begin();
+  bool moved = step_pack();
+  moved |= step_counts();
+  moved |= step_pull();
+  if (packed_ && output_set_ &&
+      std::all_of(rings_.begin(), rings_.end(), [](const Ring& ring) { return ring.head == ring.facts.num_chunks; })) {
+    finish();
+    return true;
+  }
+  return moved;
+}
+
+bool DispatchCall::begin() {
+  const proto::NodeView& view = context_.view;
+  // Counts buffers alternate: those of e - 2 must be wholly out of the way (I4, I11).
+  if (view.topology.num_nodes() > 1 &&
+      load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
+    return false;
+  }
+  std::vector<const RingFacts*> facts;
+  std::vector<const std::vector<std::uint32_t>*> counts;
+  for (const SendPlan& send : args_.plan->send) {
+    facts.push_back(&send.facts);
+    counts.push_back(&send.expert_counts);
+  }
+  announce(context_, own_, facts.data(), first_seq_.data(), replay_ ? nullptr : counts.data());
+  begun_ = true;
+  return true;
+}
+
+bool DispatchCall::slot_is_free(std::uint32_t node, std::uint64_t seq) const {
+  const proto::NodeView& view = context_.view;
+  if (node != view.topology.node()) {
+    return seq < load_acquire(view.own_word(view.layout.send_free(kPhase, node))) + view.layout.config().slots;
+  }
+  std::uint64_t least = ~0ull;
+  for (std::uint32_t reader = 0; reader < view.topology.node_size; ++reader) {
+    least = std::min(least, load_acquire(view.own_word(view.layout.released(kPhase, node, reader))));
+  }
+  return seq < least + view.layout.config().own_slots;
+}
+
+bool DispatchCall::step_pack() {
+  if (packed_) return false;
+  const proto::NodeView& view = context_.view;
+  std::uint32_t nodes = view.topology.num_nodes(), own_node = view.topology.node();
+  struct Item {
+    std::uint32_t node, chunk;
+    std::uint64_t seq;
+    std::uint32_t bytes;
+  };
+  // One chunk per destination and turn, the next node first: every NIC and peer has work early.
+  std::vector<Item> items;
+  std::size_t per_node = common::ceil_div<std::size_t>(context_.executor.width(), nodes);
+  for (std::uint32_t i = 1; i <= nodes; ++i) {
+    std::uint32_t node = (own_node + i) % nodes;
+    for (std::size_t n = 0; n < per_node && next_chunk_[node] < args_.plan->send[node].facts.num_chunks; ++n) {
+      std::uint64_t seq = first_seq_[node] + next_chunk_[node];
+      if (!slot_is_free(node, seq)) break;
+      items.push_back({node, next_chunk_[node]++, seq, 0});
+    }
+  }
+  context_.executor.run(items.size(), [&](std::size_t i) {
+    Item& item = items[i];
+    std::uint64_t offset = item.node == own_node ? view.layout.ring_slot(kPhase, own_node, item.seq)
+                                                 : view.layout.send_slot(kPhase, item.node, item.seq);
+    item.bytes = pack_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own() + offset}, view);
+  });
+  for (const Item& item : items) {
+    if (item.node == own_node) {
+      // Publishes the chunk to the mates; the own ring needs no driver.
+      store_release(view.own_word(view.layout.arrived(kPhase, own_node, item.seq)), item.seq + 1);
+    } else {
+      const RingFacts& facts = args_.plan->send[item.node].facts;
+      context_.descriptors->push({static_cast<std::uint16_t>(item.node), static_cast<std::uint8_t>(kPhase),
+                                  item.chunk + 1 == facts.num_chunks ? engine::Descriptor::kLast : std::uint8_t{0},
+                                  facts.rows_in(item.chunk), item.bytes, static_cast<std::uint32_t>(own_.epoch)});
+    }
+  }
+  packed_ = true;
+  for (std::uint32_t node = 0; node < nodes; ++node) {
+    packed_ = packed_ && next_chunk_[node] == args_.plan->send[node].facts.num_chunks;
+  }
+  return !items.empty() || packed_;
+}
+
+bool DispatchCall::step_counts() {
+  if (sizes_known_) return false;
+  const proto::NodeView& view = context_.view;
+  const proto::LayoutConfig& config = view.layout.config();
+  bool moved = false, all = true;
+  for (std::uint32_t local = 0; local < config.node_size; ++local) {
+    for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+      Ring& ring = rings_[ring_index(local, node)];
+      if (ring.announced) continue;
+      proto::CountsRecord record;
+      if (!read_announcement(context_, own_, local, node, &record)) {
+        all = false;
+        continue;
+      }
+      moved = true;
+      std::uint32_t source = view.topology.rank_of(node, local);
+      ring.announced = true;
+      ring.first_seq = record.first_seq;
+      ring.facts = {record.rows, record.rows_per_chunk, record.num_chunks};
+      ring.wire_dtype = static_cast<proto::DType>(record.dtype);
+      ring.pulled.assign(record.num_chunks, false);
+      std::uint64_t& seen = context_.state.dispatch_seen[ring_index(local, node)];
+      if (record.first_seq != seen) reject(source, "its ring position differs from what was received");
+      seen += record.num_chunks;
+      if (replay_) {
+        if (ring.facts != args_.plan->rings[ring_index(local, node)]) reject(source, "rows differ from the plan's");
+        continue;
+      }
+      std::uint32_t experts = config.experts_per_rank * config.node_size;
+      std::vector<std::uint32_t> counts(experts);
+      std::memcpy(counts.data(), view.region(local) + view.layout.counts(kPhase, node, own_.epoch) + sizeof(record),
+                  experts * 4);
+      std::uint64_t total = 0;
+      for (std::uint32_t count : counts) total += count;
+      if (total < record.rows || total > std::uint64_t{record.rows} * config.top_k) {
+        reject(source, "per-expert counts do not add up");
+      }
+      std::copy_n(counts.begin() + view.topology.local_rank() * config.experts_per_rank, config.experts_per_rank,
+                  expert_counts_.begin() + std::size_t{source} * config.experts_per_rank);
+    }
+  }
+  if (!all) {
+    if (!moved) check_other_phase(context_, own_);
+    return moved;
+  }
+  finish_sizes();
+  return true;
+}
+
+void DispatchCall::finish_sizes() {
+  sizes_known_ = true;
+  if (replay_) return;
+  const proto::LayoutConfig& config = context_.view.layout.config();
+  Plan& plan = *args_.plan;
+  std::uint32_t num_ranks = context_.view.topology.num_ranks;
+  plan.tokens_per_expert.assign(config.experts_per_rank, 0);
+  plan.offsets.assign(config.experts_per_rank + 1, 0);
+  for (std::uint32_t expert = 0; expert < config.experts_per_rank; ++expert) {
+    // Expert, then source rank, then source token: nothing here depends on arrival (I3).
+    std::int64_t row = plan.offsets[expert];
+    for (std::uint32_t source = 0; source < num_ranks; ++source) {
+      expert_base_[std::size_t{source} * config.experts_per_rank + expert] = row;
+      row += expert_counts_[std::size_t{source} * config.experts_per_rank + expert];
+    }
+    plan.tokens_per_expert[expert] = row - plan.offsets[expert];
+    plan.offsets[expert + 1] =
+        plan.offsets[expert] + common::round_up<std::int64_t>(plan.tokens_per_expert[expert], plan.expert_alignment);
+  }
+  if (plan.offsets.back() > INT32_MAX) {
+    throw common::StatusError({common::StatusCode::kInternal, -1, 0, static_cast<std::int64_t>(own_.epoch), -1,
+                               "more than 2^31 rows for one rank"});
+  }
+  plan.rings.clear();
+  plan.pulls.resize(rings_.size());
+  plan.masks.resize(config.num_nodes);
+  for (std::size_t i = 0; i < rings_.size(); ++i) {
+    plan.rings.push_back(rings_[i].facts);
+    plan.pulls[i].resize(rings_[i].facts.num_chunks);
+  }
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    plan.masks[node].assign(rings_[ring_index(context_.view.topology.local_rank(), node)].facts.rows, 0);
+  }
+}
+
+void DispatchCall::set_output(const DispatchOutput& output) {
+  const proto::LayoutConfig& config = context_.view.layout.config();
+  const Plan& plan = *args_.plan;
+  output_ = output;
+  output_set_ = true;
+  std::uint64_t stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args_.x_dtype);
+  for (std::uint32_t expert = 0; expert < config.experts_per_rank; ++expert) {
+    std::int64_t begin = plan.offsets[expert] + plan.tokens_per_expert[expert], end = plan.offsets[expert + 1];
+    if (begin == end) continue;
+    std::memset(static_cast<std::byte*>(output.x) + begin * stride, 0, (end - begin) * stride);
+    if (!replay_) std::memset(output.weights + begin, 0, (end - begin) * sizeof(float));
+  }
+}
+
+bool DispatchCall::step_pull() {
+  if (!output_set_) return false;
+  const proto::NodeView& view = context_.view;
+  std::uint32_t nodes = view.topology.num_nodes(), mates = view.topology.node_size;
+  struct Item {
+    std::uint32_t local, node, chunk;
+  };
+  std::vector<Item> items;
+  std::size_t most = std::max<std::size_t>(4, context_.executor.width());  // releases follow soon
+  for (std::uint32_t i = 0; i < mates && items.size() < most; ++i) {
+    std::uint32_t local = (view.topology.local_rank() + i) % mates;
+    for (std::uint32_t node = 0; node < nodes && items.size() < most; ++node) {
+      const Ring& ring = rings_[ring_index(local, node)];
+      std::uint32_t end = std::min(ring.facts.num_chunks, ring.head + view.layout.ring_slots(node));
+      if (mutant(Mutant::kReleaseBeforeRead) && ring.head < end) {
+        store_release(view.word(local, view.layout.released(kPhase, node, view.topology.local_rank())),
+                      ring.first_seq + ring.head + 1);
+      }
+      for (std::uint32_t chunk = ring.head; chunk < end && items.size() < most; ++chunk) {
+        std::uint64_t seq = ring.first_seq + chunk;
+        // Pairs with the release in pack (own ring) or in the pump (I1).
+        if (!ring.pulled[chunk] && load_acquire(view.word(local, view.layout.arrived(kPhase, node, seq))) == seq + 1) {
+          items.push_back({local, node, chunk});
+        }
+      }
+    }
+  }
+  if (items.empty()) return false;
+  auto release = [&](const Item& item) {
+    Ring& ring = rings_[ring_index(item.local, item.node)];
+    ring.pulled[item.chunk] = true;
+    while (ring.head < ring.facts.num_chunks && ring.pulled[ring.head]) ++ring.head;
+    // Gives the slots below back: this rank has read all it needs of them (I2).
+    store_release(view.word(item.local, view.layout.released(kPhase, item.node, view.topology.local_rank())),
+                  ring.first_seq + ring.head);
+  };
+  context_.executor.run(items.size(), [&](std::size_t i) {
+    const Item& item = items[i];
+    const Ring& ring = rings_[ring_index(item.local, item.node)];
+    std::uint64_t seq = ring.first_seq + item.chunk;
+    std::size_t source = std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
+    pull_chunk({args_.plan.get(), &output_, args_.x_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
+                own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
+                expert_counts_.data() + source, expert_base_.data() + source},
+               view);
+  });
+  for (const Item& item : items) release(item);
+  return true;
+}
+
+void DispatchCall::finish() {
+  done_ = true;
+  if (replay_) return;
+  Plan& plan = *args_.plan;
+  std::size_t pulled = 0;
+  for (const auto& ring : plan.pulls) {
+    for (const auto& chunk : ring) pulled += chunk.size();
+  }
+  std::int64_t announced = 0;
+  for (std::int64_t count : plan.tokens_per_expert) announced += count;
+  if (static_cast<std::int64_t>(pulled) != announced) {
+    throw common::StatusError({common::StatusCode::kProtocol, -1, static_cast<int>(kPhase),
+                               static_cast<std::int64_t>(own_.epoch), -1,
+                               "received " + std::to_string(pulled) + " rows where " + std::to_string(announced) +
+                                   " were announced"});
+  }
+  for (SendPlan& send : plan.send) {
+    send.entries = {};
+    send.entry_begin = {};
+    send.expert_counts = {};
+  }
+  plan.complete = true;
+}
+
+Waiting DispatchCall::waiting() const {
+  const proto::NodeView& view = context_.view;
+  if (!begun_) return {-1, -1, "for its own earlier writes to complete"};
+  if (int absent = absent_rank(context_, own_); absent >= 0) return {absent, -1, "to enter the call"};
+  if (!sizes_known_) return {-1, -1, "for counts"};
+  for (std::uint32_t local = 0; local < view.topology.node_size; ++local) {
+    for (std::uint32_t node = 0; node < view.topology.num_nodes(); ++node) {
+      const Ring& ring = rings_[ring_index(local, node)];
+      if (output_set_ && ring.head < ring.facts.num_chunks) {
+        return {static_cast<int>(view.topology.rank_of(node, local)),
+                static_cast<std::int64_t>(ring.first_seq + ring.head), "for a chunk"};
+      }
+    }
+  }
+  for (std::uint32_t node = 0; node < view.topology.num_nodes(); ++node) {
+    if (next_chunk_[node] == args_.plan->send[node].facts.num_chunks) continue;
+    std::uint32_t slowest = view.topology.local_rank();
+    if (node == view.topology.node()) {
+      for (std::uint32_t reader = 0; reader < view.topology.node_size; ++reader) {
+        if (load_acquire(view.own_word(view.layout.released(kPhase, node, reader))) <
+            load_acquire(view.own_word(view.layout.released(kPhase, node, slowest)))) {
+          slowest = reader;
+        }
+      }
+    }
+    return {static_cast<int>(view.topology.rank_of(node, slowest)),
+            static_cast<std::int64_t>(first_seq_[node] + next_chunk_[node]), "for a credit"};
+  }
+  return {};
+}
+
+}  // namespace moe_efa::kernels::cpu

@@ -1,0 +1,23 @@
+// forward: one combine chunk for a source on this rank's rail: per row, the sum over the ranks of this node in rank
+// order, rounded to the combine dtype, into a send slot or the own ring.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/launch.h"
+
+namespace moe_efa::kernels::cpu {
+
+struct ForwardArgs {
+  const CombineArgs* combine = nullptr;
+  std::uint32_t source_node = 0;
+  std::uint32_t chunk = 0;
+  std::uint64_t seq = 0;
+  std::uint64_t epoch = 0;
+  std::byte* slot = nullptr;
+};
+
+// Returns the bytes of the chunk.
+std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view);
+
+}  // namespace moe_efa::kernels::cpu

@@ -1,0 +1,94 @@
+#include "kernels/cpu/pull.h"
+
+#include <cstring>
+#include <sstream>
+
+#include "common/status.h"
+#include "kernels/cpu/rows.h"
+
+namespace moe_efa::kernels::cpu {
+
+namespace {
+
+[[noreturn]] void reject(const PullArgs& args, const proto::NodeView& view, const char* what) {
+  auto rank = static_cast<int>(view.topology.rank_of(args.source_node, args.source_local));
+  std::ostringstream text;
+  text << "chunk " << args.seq << " of rank " << rank << " in dispatch, epoch " << args.epoch << ": " << what;
+  throw common::StatusError({common::StatusCode::kProtocol, rank, static_cast<int>(proto::Phase::kDispatch),
+                             static_cast<std::int64_t>(args.epoch), static_cast<std::int64_t>(args.seq), text.str()});
+}
+
+// Reads the metadata of a fresh chunk into the plan: own rows, and for the own rail which mates take part in each row.
+void read_metadata(const PullArgs& args, const proto::NodeView& view, const proto::ChunkHeader& header) {
+  const proto::LayoutConfig& config = view.layout.config();
+  Plan& plan = *args.plan;
+  std::size_t ring = std::size_t{args.source_local} * config.num_nodes + args.source_node;
+  std::vector<PullEntry>& pulls = plan.pulls[ring][args.chunk];
+  std::uint64_t* masks = args.source_local == view.topology.local_rank()
+                             ? plan.masks[args.source_node].data() + header.first_row
+                             : nullptr;
+  const std::byte* meta = args.slot + sizeof(proto::ChunkHeader);
+  const std::byte* entries = meta + header.rows * sizeof(proto::RowMeta);
+  std::uint32_t first_expert = view.topology.local_rank() * config.experts_per_rank;
+  std::uint32_t at = 0;
+  for (std::uint32_t row = 0; row < header.rows; ++row) {
+    proto::RowMeta row_meta;
+    std::memcpy(&row_meta, meta + row * sizeof(row_meta), sizeof(row_meta));
+    if (row_meta.num_entries == 0 || row_meta.num_entries > header.num_entries - at) {
+      reject(args, view, "entries of a row out of range");
+    }
+    std::uint64_t mask = 0;
+    for (std::uint32_t end = at + row_meta.num_entries; at < end; ++at) {
+      proto::RowEntry entry;
+      std::memcpy(&entry, entries + at * sizeof(entry), sizeof(entry));
+      if (entry.expert >= config.experts_per_rank * config.node_size || entry.topk_pos >= config.top_k) {
+        reject(args, view, "expert or top-k position out of range");
+      }
+      mask |= 1ull << entry.expert / config.experts_per_rank;
+      std::uint32_t expert = entry.expert - first_expert;  // wraps for experts of lower mates
+      if (expert >= config.experts_per_rank) continue;
+      if (entry.index >= args.expert_counts[expert]) reject(args, view, "index beyond the announced count");
+      auto out_row = static_cast<std::uint32_t>(args.expert_base[expert] + entry.index);
+      pulls.push_back({row << PullEntry::kTopKBits | entry.topk_pos, out_row});
+      args.output->weights[out_row] = entry.weight;
+    }
+    if (masks != nullptr) masks[row] = mask;
+  }
+  if (at != header.num_entries) reject(args, view, "entries left over");
+}
+
+}  // namespace
+
+void pull_chunk(const PullArgs& args, const proto::NodeView& view) {
+  const proto::LayoutConfig& config = view.layout.config();
+  Plan& plan = *args.plan;
+  std::size_t ring = std::size_t{args.source_local} * config.num_nodes + args.source_node;
+  const RingFacts& facts = plan.rings[ring];
+  proto::ChunkHeader header;
+  std::memcpy(&header, args.slot, sizeof(header));
+  // The engine has checked the header against itself and its immediate; this checks it against what was announced.
+  if (header.magic != proto::kChunkMagic || header.seq != args.seq || header.epoch != args.epoch ||
+      header.source_rank != view.topology.rank_of(args.source_node, args.source_local)) {
+    reject(args, view, "header of another chunk or epoch");
+  }
+  if (header.plan_id != plan.plan_id) reject(args, view, "another plan");
+  if (header.first_row != facts.first_row(args.chunk) || header.rows != facts.rows_in(args.chunk)) {
+    reject(args, view, "rows differ from the announced cut");
+  }
+  if (((header.flags & proto::kFlagReplay) != 0) != args.replay ||
+      header.dtype != static_cast<std::uint32_t>(args.wire_dtype)) {
+    reject(args, view, "flags or dtype differ from the announced ones");
+  }
+  if (!args.replay) read_metadata(args, view, header);
+
+  std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, args.wire_dtype);
+  std::uint64_t out_stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args.x_dtype);
+  const std::byte* hidden = args.slot + proto::chunk_hidden_offset(args.replay, header.rows, header.num_entries);
+  auto* out = static_cast<std::byte*>(args.output->x);
+  for (const PullEntry& pull : plan.pulls[ring][args.chunk]) {
+    convert_row(out + pull.out_row * out_stride, args.x_dtype, hidden + pull.row() * row_bytes, args.wire_dtype,
+                config.hidden_size);
+  }
+}
+
+}  // namespace moe_efa::kernels::cpu

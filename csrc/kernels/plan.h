@@ -1,0 +1,75 @@
+// Plan: the routing facts of one dispatch, kept by the handle for combine, backward and replays (I8). It owns no slot
+// and no payload; at most 16 bytes per received row.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "proto/chunk.h"
+#include "proto/topology.h"
+
+namespace moe_efa::kernels {
+
+// Rows of one source for one node, and how they are cut.
+struct RingFacts {
+  std::uint32_t rows = 0;
+  std::uint32_t rows_per_chunk = 0;
+  std::uint32_t num_chunks = 0;
+
+  std::uint32_t first_row(std::uint32_t chunk) const { return chunk * rows_per_chunk; }
+  std::uint32_t rows_in(std::uint32_t chunk) const {
+    std::uint32_t first = first_row(chunk);
+    return rows - first < rows_per_chunk ? rows - first : rows_per_chunk;
+  }
+  bool operator==(const RingFacts&) const = default;
+};
+
+// What this rank sends to one node: rows in token order. Entries live only until they are packed.
+struct SendPlan {
+  RingFacts facts;
+  std::vector<std::uint32_t> row_token;
+  std::vector<std::uint32_t> entry_begin;  // [rows + 1]
+  std::vector<proto::RowEntry> entries;
+  std::vector<std::uint32_t> expert_counts;  // [experts per node]
+};
+
+// One (row, own expert): where the row of a chunk goes in the expert-major output.
+struct PullEntry {
+  static constexpr std::uint32_t kTopKBits = 6;
+  std::uint32_t row_and_topk;  // row within the chunk << 6 | top-k position
+  std::uint32_t out_row;
+
+  std::uint32_t row() const { return row_and_topk >> kTopKBits; }
+  std::uint32_t topk_pos() const { return row_and_topk & ((1u << kTopKBits) - 1); }
+};
+static_assert(sizeof(PullEntry) == 8 && proto::kMaxTopK == 1u << PullEntry::kTopKBits);
+
+struct Plan {
+  std::uint64_t plan_id = 0;
+  std::uint32_t num_tokens = 0;
+  std::uint32_t expert_alignment = 1;
+  bool complete = false;  // its dispatch has finished
+
+  std::vector<SendPlan> send;                            // [num_nodes]
+  std::vector<RingFacts> rings;                          // [node_size * num_nodes]: source (node, local rank)
+  std::vector<std::vector<std::vector<PullEntry>>> pulls;  // [node_size * num_nodes][chunk], in row order
+  std::vector<std::vector<std::uint64_t>> masks;         // [num_nodes][row]: mates that own experts of the row; of
+                                                         // the sources on this rank's rail, which it forwards for
+  std::vector<std::int64_t> tokens_per_expert;           // [experts_per_rank]
+  std::vector<std::int64_t> offsets;                     // [experts_per_rank + 1], padded starts
+  std::int64_t rows() const { return offsets.empty() ? 0 : offsets.back(); }
+
+  std::size_t nbytes() const {
+    std::size_t total = 0;
+    for (const SendPlan& node : send) total += node.row_token.size() * 4 + node.entries.size() * sizeof(proto::RowEntry);
+    for (const auto& ring : pulls) {
+      for (const auto& chunk : ring) total += chunk.size() * sizeof(PullEntry);
+    }
+    for (const auto& mask : masks) total += mask.size() * 8;
+    return total;
+  }
+};
+
+inline constexpr std::uint32_t kMaxNodeSize = 64;  // bits of a mask
+
+}  // namespace moe_efa::kernels

@@ -1,0 +1,121 @@
+// Frame: u8 type | u8 zero | u16 payload bytes | payload. A field is copied byte by byte, never read in place.
+#include "transport/control_wire.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+
+namespace moe_efa::transport {
+namespace {
+
+constexpr std::size_t kFrameHeaderBytes = 4;
+constexpr std::int32_t kMaxRank = 1 << 24;
+
+template <typename T>
+void put(std::string& bytes, T value) {
+  char raw[sizeof(T)];
+  std::memcpy(raw, &value, sizeof(T));
+  bytes.append(raw, sizeof(T));
+}
+
+class Reader {
+ public:
+  explicit Reader(const std::string& bytes) : bytes_(bytes) {}
+  template <typename T>
+  T get() {
+    T value{};
+    if (bytes_.size() - at_ < sizeof(T)) {
+      ok_ = false;
+      return value;
+    }
+    std::memcpy(&value, bytes_.data() + at_, sizeof(T));
+    at_ += sizeof(T);
+    return value;
+  }
+  std::string rest() const { return bytes_.substr(at_); }
+  bool ok() const { return ok_; }
+
+ private:
+  const std::string& bytes_;
+  std::size_t at_ = 0;
+  bool ok_ = true;
+};
+
+std::string frame_of(ControlType type, const std::string& payload) {
+  std::string bytes;
+  put(bytes, static_cast<std::uint8_t>(type));
+  put(bytes, std::uint8_t{0});
+  put(bytes, static_cast<std::uint16_t>(payload.size()));
+  return bytes + payload;
+}
+
+}  // namespace
+
+static_assert(kMaxControlPayload <= std::numeric_limits<std::uint16_t>::max());
+
+std::string encode_hello(const ControlHello& hello) {
+  std::string payload;
+  put(payload, kControlMagic);
+  put(payload, hello.version);
+  put(payload, hello.rank);
+  return frame_of(ControlType::kHello, payload + hello.job_key);
+}
+
+std::string encode_abort(const common::Status& status) {
+  std::string payload;
+  put(payload, static_cast<std::int32_t>(status.code));
+  put(payload, static_cast<std::int32_t>(status.rank));
+  put(payload, static_cast<std::int32_t>(status.phase));
+  put(payload, status.epoch);
+  put(payload, status.chunk);
+  return frame_of(ControlType::kAbort, payload + status.message.substr(0, kMaxAbortText));
+}
+
+std::string encode_empty(ControlType type) { return frame_of(type, {}); }
+
+FrameResult take_frame(std::string& buffer, ControlFrame& frame) {
+  if (buffer.size() < kFrameHeaderBytes) return FrameResult::kPartial;
+  std::uint8_t type = static_cast<std::uint8_t>(buffer[0]);
+  std::uint16_t length;
+  std::memcpy(&length, buffer.data() + 2, sizeof length);
+  bool known = type >= static_cast<std::uint8_t>(ControlType::kHello) &&
+               type <= static_cast<std::uint8_t>(ControlType::kGoodbye);
+  if (!known || buffer[1] != 0 || length > kMaxControlPayload) return FrameResult::kMalformed;
+  if (buffer.size() < kFrameHeaderBytes + length) return FrameResult::kPartial;
+  frame.type = static_cast<ControlType>(type);
+  frame.payload = buffer.substr(kFrameHeaderBytes, length);
+  buffer.erase(0, kFrameHeaderBytes + length);
+  return FrameResult::kFrame;
+}
+
+bool decode_hello(const std::string& payload, ControlHello& hello) {
+  Reader reader(payload);
+  std::uint32_t magic = reader.get<std::uint32_t>();
+  hello.version = reader.get<std::uint32_t>();
+  hello.rank = reader.get<std::int32_t>();
+  if (!reader.ok() || magic != kControlMagic) return false;
+  hello.job_key = reader.rest();
+  return hello.rank >= 0 && hello.rank <= kMaxRank && hello.job_key.size() <= kMaxJobKey;
+}
+
+bool decode_abort(const std::string& payload, common::Status& status) {
+  Reader reader(payload);
+  std::int32_t code = reader.get<std::int32_t>();
+  status.rank = reader.get<std::int32_t>();
+  status.phase = reader.get<std::int32_t>();
+  status.epoch = reader.get<std::int64_t>();
+  status.chunk = reader.get<std::int64_t>();
+  if (!reader.ok()) return false;
+  bool known = code > static_cast<std::int32_t>(common::StatusCode::kOk) &&
+               code <= static_cast<std::int32_t>(common::StatusCode::kInternal);
+  status.code = static_cast<common::StatusCode>(code);
+  status.message = reader.rest();
+  // The text ends up in a Python str and on a terminal: plain ASCII only.
+  std::replace_if(status.message.begin(), status.message.end(),
+                  [](char c) { return (c < 0x20 && c != '\n') || c == 0x7f || static_cast<unsigned char>(c) > 0x7f; }, '?');
+  return known && status.rank >= -1 && status.rank <= kMaxRank && status.phase >= -1 && status.phase <= 1 &&
+         status.epoch >= -1 && status.chunk >= -1 && status.message.size() <= kMaxAbortText;
+}
+
+}  // namespace moe_efa::transport

@@ -1,0 +1,45 @@
+// Pump: carries the engine's writes to the rails, the rails' events to the engine and the engine's actions to the flags
+// of the region. It owns no thread and no clock: a driver thread, a waiting caller or the simulator steps it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/descriptor_ring.h"
+#include "engine/engine.h"
+#include "proto/region.h"
+#include "transport/rail.h"
+
+namespace moe_efa::transport {
+
+struct PumpConfig {
+  std::size_t events_per_poll = 16;
+  std::size_t writes_per_step = 32;
+  double post_timeout_s = 600.0;  // a write that no rail accepts for so long fails its peer (I5)
+};
+
+class Pump {
+ public:
+  Pump(engine::Engine& engine, const proto::NodeView& view, std::vector<Rail*> rails,
+       engine::DescriptorRing& descriptors, const PumpConfig& config);
+
+  // One turn. `now_s` is any monotone clock. True when anything moved.
+  bool step(double now_s);
+
+ private:
+  bool drain_descriptors();
+  bool poll_rails();
+  void read_releases();
+  bool post_writes(double now_s);
+  void apply_actions();
+
+  engine::Engine& engine_;
+  proto::NodeView view_;
+  std::vector<Rail*> rails_;
+  engine::DescriptorRing& descriptors_;
+  PumpConfig config_;
+  std::vector<RailEvent> events_;
+  double stuck_since_s_ = -1;
+};
+
+}  // namespace moe_efa::transport
