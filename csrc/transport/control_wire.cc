@@ -19,6 +19,10 @@ void put(std::string& bytes, T value) {
   bytes.append(raw, sizeof(T));
 }
 
+// The same test on both sides: an odd field of our own must not make the receiver call our abort malformed.
+bool valid_rank(std::int64_t rank) { return rank >= -1 && rank <= kMaxRank; }
+bool valid_phase(std::int64_t phase) { return phase >= -1 && phase <= 1; }
+
 class Reader {
  public:
   explicit Reader(const std::string& bytes) : bytes_(bytes) {}
@@ -65,10 +69,10 @@ std::string encode_hello(const ControlHello& hello) {
 std::string encode_abort(const common::Status& status) {
   std::string payload;
   put(payload, static_cast<std::int32_t>(status.code));
-  put(payload, static_cast<std::int32_t>(status.rank));
-  put(payload, static_cast<std::int32_t>(status.phase));
-  put(payload, status.epoch);
-  put(payload, status.chunk);
+  put(payload, static_cast<std::int32_t>(valid_rank(status.rank) ? status.rank : -1));
+  put(payload, static_cast<std::int32_t>(valid_phase(status.phase) ? status.phase : -1));
+  put(payload, std::max<std::int64_t>(status.epoch, -1));
+  put(payload, std::max<std::int64_t>(status.chunk, -1));
   return frame_of(ControlType::kAbort, payload + status.message.substr(0, kMaxAbortText));
 }
 
@@ -113,9 +117,9 @@ bool decode_abort(const std::string& payload, common::Status& status) {
   status.message = reader.rest();
   // The text ends up in a Python str and on a terminal: plain ASCII only.
   std::replace_if(status.message.begin(), status.message.end(),
-                  [](char c) { return (c < 0x20 && c != '\n') || c == 0x7f || static_cast<unsigned char>(c) > 0x7f; }, '?');
-  return known && status.rank >= -1 && status.rank <= kMaxRank && status.phase >= -1 && status.phase <= 1 &&
-         status.epoch >= -1 && status.chunk >= -1 && status.message.size() <= kMaxAbortText;
+                  [](unsigned char c) { return (c < 0x20 && c != '\n') || c > 0x7e; }, '?');
+  return known && valid_rank(status.rank) && valid_phase(status.phase) && status.epoch >= -1 && status.chunk >= -1 &&
+         status.message.size() <= kMaxAbortText;
 }
 
 }  // namespace moe_efa::transport

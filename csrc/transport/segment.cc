@@ -90,8 +90,8 @@ Fd create_locked(const std::string& name) {
       continue;
     }
     if (std::chrono::steady_clock::now() > deadline) {
-      fail("shared memory /dev/shm/" + name + " exists and a live process owns it: is this job started twice on one host "
-           "with the same key?");
+      fail("shared memory /dev/shm/" + name + " exists and a live process owns it: was this job started twice on one "
+           "host with the same key?");
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
@@ -167,8 +167,8 @@ Segment Segment::open(const std::string& name, std::uint64_t bytes) {
   Fd fd(::shm_open(slashed(name).c_str(), O_RDWR, 0));
   if (fd.get() < 0) {
     fail("cannot open shared memory /dev/shm/" + name + ": " + std::strerror(errno) +
-         "; ranks of one host must share /dev/shm and run as one user (containers: docker run --ipc=host), and its owner "
-         "must be alive");
+         "; ranks of one host must share /dev/shm and run as one user (containers: docker run --ipc=host), and its "
+         "owner must be alive");
   }
   struct stat info{};
   if (::fstat(fd.get(), &info) != 0 || static_cast<std::uint64_t>(info.st_size) != bytes) {

@@ -1,5 +1,5 @@
 // Shared memory in /dev/shm that its owner locks for life, so that leftovers of dead processes can be told from live
-// segments across pid namespaces. Knows nothing of what is stored in it. Keeps I9: all pages exist when create() returns.
+// segments across pid namespaces. Knows nothing of what is stored in it. Keeps I9: all pages exist once created.
 #pragma once
 
 #include <sys/types.h>

@@ -1,0 +1,39 @@
+// What this build contains and what it found on the host.
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "proto/chunk.h"
+#include "transport/libfabric_loader.h"
+#include "transport/libfabric_rail.h"
+
+namespace moe_efa::bindings {
+
+namespace py = pybind11;
+
+void bind_build_info(py::module_& module) {
+  module.def(
+      "build_info",
+      [](const std::string& libfabric, const std::vector<std::string>& hints) {
+        transport::LibfabricInfo info = transport::libfabric_info({libfabric, hints});
+        py::dict out;
+        out["protocol_version"] = proto::kProtocolVersion;
+        out["compiler"] = __VERSION__;
+        out["cuda"] = false;
+        out["libfabric_built"] = info.built;
+        out["libfabric_found"] = info.found;
+        out["libfabric_path"] = info.path;
+        out["libfabric_version"] = info.version;
+        out["libfabric_error"] = info.error;
+        return out;
+      },
+      py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{});
+  module.def(
+      "libfabric_providers",
+      [](const std::string& libfabric, const std::vector<std::string>& hints) {
+        return transport::available_providers({libfabric, hints});
+      },
+      py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{},
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace moe_efa::bindings

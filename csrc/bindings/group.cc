@@ -1,0 +1,185 @@
+// Group, its configuration, plans and call arguments. Every call releases the GIL.
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "common/status.h"
+#include "runtime/group.h"
+
+namespace moe_efa::bindings {
+
+namespace py = pybind11;
+using runtime::CombineRequest;
+using runtime::DispatchRequest;
+using runtime::Group;
+using runtime::GroupConfig;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // NOLINT: the caller vouches for it
+}
+
+proto::DType dtype_of(const std::string& name) {
+  if (name == "bf16") return proto::DType::kBf16;
+  if (name == "fp32") return proto::DType::kFp32;
+  throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "dtype '" + name + "' is not bf16 or fp32"});
+}
+
+GroupConfig make_config(const py::kwargs& kwargs) {
+  GroupConfig config;
+  for (auto item : kwargs) {
+    auto name = py::cast<std::string>(item.first);
+    py::handle value = item.second;
+    if (name == "rank") config.topology.rank = py::cast<std::uint32_t>(value);
+    else if (name == "num_ranks") config.topology.num_ranks = py::cast<std::uint32_t>(value);
+    else if (name == "node_size") config.topology.node_size = py::cast<std::uint32_t>(value);
+    else if (name == "num_experts") config.num_experts = py::cast<std::uint32_t>(value);
+    else if (name == "hidden_size") config.hidden_size = py::cast<std::uint32_t>(value);
+    else if (name == "top_k") config.top_k = py::cast<std::uint32_t>(value);
+    else if (name == "max_tokens_per_rank") config.max_tokens_per_rank = py::cast<std::uint32_t>(value);
+    else if (name == "wire_dtype") config.wire_dtype = py::cast<std::string>(value);
+    else if (name == "combine_dtype") config.combine_dtype = py::cast<std::string>(value);
+    else if (name == "transport") config.transport = py::cast<std::string>(value);
+    else if (name == "provider") config.provider = py::cast<std::string>(value);
+    else if (name == "timeout_s") config.timeout_s = py::cast<double>(value);
+    else if (name == "heartbeat_timeout_s") config.heartbeat_timeout_s = py::cast<double>(value);
+    else if (name == "memory_budget_bytes") config.memory_budget_bytes = py::cast<std::uint64_t>(value);
+    else if (name == "job_key") config.job_key = py::cast<std::string>(value);
+    else if (name == "listen_host") config.listen_host = py::cast<std::string>(value);
+    else if (name == "libfabric") config.libfabric = py::cast<std::string>(value);
+    else if (name == "libfabric_hints") config.libfabric_hints = py::cast<std::vector<std::string>>(value);
+    else if (name == "num_threads") config.num_threads = py::cast<std::uint32_t>(value);
+    else if (name == "chunk_rows") config.chunk_rows = py::cast<std::uint32_t>(value);
+    else if (name == "slots") config.slots = py::cast<std::uint32_t>(value);
+    else throw py::type_error("GroupConfig has no field '" + name + "'");
+  }
+  return config;
+}
+
+void check_interrupt() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// Plans go back and forth between Python and a running call; they are immutable once their dispatch has finished.
+using PlanPtr = std::shared_ptr<kernels::Plan>;
+
+DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, std::uint32_t num_tokens,
+                              std::uintptr_t topk_idx_ptr, std::uintptr_t topk_weights_ptr,
+                              std::uint32_t expert_alignment, const PlanPtr& plan) {
+  if (!plan && expert_alignment == 0) {
+    throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "expert_alignment must be positive"});
+  }
+  if (plan && !plan->complete) {
+    throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "the plan's dispatch has not finished"});
+  }
+  return {pointer<const void>(x_ptr), dtype_of(dtype), num_tokens, pointer<const std::int64_t>(topk_idx_ptr),
+          pointer<const float>(topk_weights_ptr), expert_alignment, plan};
+}
+
+CombineRequest make_combine(std::uintptr_t y_ptr, const std::string& dtype, const PlanPtr& plan, std::uintptr_t out_ptr,
+                            std::uintptr_t weights_ptr, std::uintptr_t weight_grads_ptr,
+                            std::uintptr_t topk_weight_grads_ptr) {
+  return {pointer<const void>(y_ptr), dtype_of(dtype), plan, pointer<void>(out_ptr), pointer<const float>(weights_ptr),
+          pointer<const float>(weight_grads_ptr), pointer<float>(topk_weight_grads_ptr)};
+}
+
+py::dict stats_dict(const runtime::GroupStats& stats) {
+  py::dict out;
+  std::uint64_t wire = 0, floor = 0;
+  for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) {
+    const runtime::PhaseStats& phase = stats.phases[p];
+    py::dict entry;
+    entry["calls"] = phase.calls;
+    entry["wire_bytes"] = phase.wire_bytes;
+    entry["wire_floor_bytes"] = phase.wire_floor_bytes;
+    entry["seconds"] = phase.seconds;
+    out[proto::phase_name(static_cast<proto::Phase>(p))] = entry;
+    wire += phase.wire_bytes;
+    floor += phase.wire_floor_bytes;
+  }
+  out["rounds"] = stats.phases[1].calls;
+  out["wire_bytes"] = wire;
+  out["wire_floor_bytes"] = floor;
+  out["writes"] = stats.writes;
+  return out;
+}
+
+py::dict info_dict(const runtime::GroupInfo& info) {
+  py::dict out;
+  out["transport"] = info.transport;
+  out["chunk_rows"] = info.layout.chunk_rows;
+  out["slots"] = info.layout.slots;
+  out["publish_slots"] = info.layout.publish_slots;
+  out["registered_bytes"] = info.registered_bytes;
+  out["num_threads"] = info.num_threads;
+  return out;
+}
+
+}  // namespace
+
+void bind_group(py::module_& module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  py::class_<GroupConfig>(module, "GroupConfig").def(py::init(&make_config));
+
+  py::class_<kernels::Plan, PlanPtr>(module, "Plan")
+      .def_readonly("plan_id", &kernels::Plan::plan_id)
+      .def_readonly("num_tokens", &kernels::Plan::num_tokens)
+      .def_readonly("offsets", &kernels::Plan::offsets)
+      .def_readonly("tokens_per_expert", &kernels::Plan::tokens_per_expert)
+      .def_property_readonly("rows", &kernels::Plan::rows)
+      .def_property_readonly("nbytes", &kernels::Plan::nbytes);
+
+  py::class_<DispatchRequest>(module, "DispatchArgs")
+      .def(py::init(&make_dispatch), py::kw_only(), py::arg("x_ptr"), py::arg("dtype"), py::arg("num_tokens"),
+           py::arg("topk_idx_ptr") = 0, py::arg("topk_weights_ptr") = 0, py::arg("expert_alignment") = 1,
+           py::arg("plan") = py::none());
+  py::class_<CombineRequest>(module, "CombineArgs")
+      .def(py::init(&make_combine), py::kw_only(), py::arg("y_ptr"), py::arg("dtype"), py::arg("plan"),
+           py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("weight_grads_ptr") = 0,
+           py::arg("topk_weight_grads_ptr") = 0);
+
+  py::class_<Group>(module, "Group")
+      .def(py::init([](const GroupConfig& config) {
+             auto group = std::make_unique<Group>(config);
+             group->set_interrupt_check(&check_interrupt);
+             return group;
+           }),
+           py::arg("config"), release())
+      .def("address", [](const Group& group) { return py::bytes(group.address()); })
+      .def("connect", &Group::connect, py::arg("addresses"), release())
+      .def("start", &Group::start, release())
+      .def("dispatch_begin", &Group::dispatch_begin, py::arg("args"), release())
+      .def("dispatch_finish",
+           [](Group& group, std::uintptr_t out_ptr, std::uintptr_t weights_ptr) {
+             group.dispatch_finish(pointer<void>(out_ptr), pointer<float>(weights_ptr));
+           },
+           py::arg("out_ptr"), py::arg("weights_ptr"), release())
+      .def("combine", &Group::combine, py::arg("args"), release())
+      .def("abort", &Group::abort, py::arg("message"), release())
+      .def("close", &Group::close, py::kw_only(), py::arg("collective"), py::arg("timeout_s"), release())
+      .def("stats",
+           [](Group& group) {
+             runtime::GroupStats stats;
+             {
+               py::gil_scoped_release unlocked;
+               stats = group.stats();
+             }
+             return stats_dict(stats);
+           })
+      .def("info", [](const Group& group) { return info_dict(group.info()); });
+
+  module.def("plan_memory", [](const GroupConfig& config) {
+    runtime::Sizing sizing = runtime::choose_layout(config);
+    py::dict out;
+    out["registered_bytes"] = sizing.region_bytes;
+    out["chunk_rows"] = sizing.layout.chunk_rows;
+    out["slots"] = sizing.layout.slots;
+    out["publish_slots"] = sizing.layout.publish_slots;
+    out["completion_queue_events"] = engine::max_inbound_events(sizing.layout);
+    return out;
+  }, py::arg("config"), "What a configuration registers, before anything is allocated.");
+}
+
+}  // namespace moe_efa::bindings

@@ -1,0 +1,47 @@
+// Configuration of one rank of a group, and the layout that follows from it: the one place where the memory budget
+// becomes slots and chunk rows (I9). Knows nothing of segments or rails.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "proto/region.h"
+#include "proto/topology.h"
+
+namespace moe_efa::runtime {
+
+struct GroupConfig {
+  proto::Topology topology;
+  std::uint32_t num_experts = 0;
+  std::uint32_t hidden_size = 0;
+  std::uint32_t top_k = 0;
+  std::uint32_t max_tokens_per_rank = 0;
+  std::string wire_dtype = "auto";     // "auto" | "bf16" | "fp32"
+  std::string combine_dtype = "auto";
+  std::string transport = "none";      // what joins nodes: "none" | "shm" | "libfabric"
+  std::string provider;                // of libfabric; empty = the best present
+  double timeout_s = 600;
+  double heartbeat_timeout_s = 20;
+  std::uint64_t memory_budget_bytes = 1ull << 30;
+  std::string job_key;                 // equal on all ranks, unique to this group
+  std::string listen_host = "127.0.0.1";
+  std::string libfabric;               // path given by the user; empty = search
+  std::vector<std::string> libfabric_hints;
+  std::uint32_t num_threads = 1;       // of the CPU kernels
+  std::uint32_t chunk_rows = 0;        // 0 = derived from the budget
+  std::uint32_t slots = 0;             // 0 = derived from the budget
+};
+
+struct Sizing {
+  proto::LayoutConfig layout;
+  std::uint64_t region_bytes = 0;
+};
+
+// Throws StatusError(kConfig): bad numbers, or a budget below the least that works, which it names.
+Sizing choose_layout(const GroupConfig& config);
+
+// Everything that must be equal on all ranks, in one number (I15).
+std::uint64_t layout_hash(const proto::LayoutConfig& layout);
+
+}  // namespace moe_efa::runtime

@@ -1,0 +1,429 @@
+#include "runtime/group.h"
+
+#include <sched.h>
+#include <time.h>
+
+#include <algorithm>
+#include <sstream>
+#include <thread>
+
+#include "common/check.h"
+#include "common/log.h"
+#include "kernels/cpu/plan.h"
+#include "runtime/rails.h"
+
+namespace moe_efa::runtime {
+
+using common::Status;
+using common::StatusCode;
+using common::StatusError;
+using proto::Phase;
+
+namespace {
+
+constexpr double kWarnAfterS = 30;        // a call that waits so long says for whom, once
+constexpr double kGoodbyeGraceS = 0.5;    // what a peer sent before it closed may still be on its way
+constexpr double kDrainS = 2;
+constexpr std::uint32_t kWritesPerNic = 64;
+
+std::string describe_wait(const kernels::Waiting& waiting) {
+  std::ostringstream text;
+  if (waiting.rank >= 0) text << " on rank " << waiting.rank;
+  if (*waiting.what != '\0') text << ' ' << waiting.what;
+  if (waiting.chunk >= 0) text << " (chunk " << waiting.chunk << ")";
+  return text.str();
+}
+
+}  // namespace
+
+Group::Group(const GroupConfig& config)
+    : config_(config),
+      sizing_(choose_layout(config)),
+      layout_(sizing_.layout, config.topology.node()),
+      state_(config.topology),
+      pool_(std::max(1u, config.num_threads)) {
+  const proto::Topology& topology = config_.topology;
+  int rank = static_cast<int>(topology.rank);
+  segment_ = transport::Segment::create(transport::segment_name(config_.job_key, rank), layout_.total_bytes());
+  regions_.assign(topology.node_size, nullptr);
+  regions_[topology.local_rank()] = segment_.data();
+  view_ = {topology, layout_, regions_.data()};
+  liveness_ = std::make_unique<transport::Liveness>(
+      transport::LivenessConfig{rank, config_.listen_host, config_.job_key, config_.heartbeat_timeout_s});
+  if (topology.num_nodes() > 1) make_rails();
+}
+
+void Group::make_rails() {
+  std::uint64_t inbound = engine::max_inbound_events(sizing_.layout);
+  Rails rails = open_rails(config_, segment_, static_cast<std::uint32_t>(inbound), kWritesPerNic);
+  rails_ = std::move(rails.rails);
+  unlink_rails_ = std::move(rails.unlink);
+  std::uint32_t peers = config_.topology.num_nodes() - 1;
+  descriptors_ = std::make_unique<engine::DescriptorRing>(
+      std::size_t{peers} * proto::kNumPhases * (sizing_.layout.slots + 4));
+  engine_ = std::make_unique<engine::Engine>(
+      engine::EngineConfig{config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic,
+                           segment_.data()});
+  std::vector<transport::Rail*> raw;
+  for (const auto& rail : rails_) raw.push_back(rail.get());
+  transport::PumpConfig pump_config;
+  pump_config.post_timeout_s = config_.timeout_s;
+  pump_ = std::make_unique<transport::Pump>(*engine_, view_, raw, *descriptors_, pump_config);
+  bool spin = std::thread::hardware_concurrency() >= 2 * config_.topology.node_size * std::max(1u, config_.num_threads);
+  driver_ = std::make_unique<Driver>(*engine_, *pump_, spin, [this](const Status& status) { record(status); });
+}
+
+Group::~Group() {
+  if (driver_) driver_->stop();
+  dispatch_.reset();
+  driver_.reset();
+  rails_.clear();  // before the region that they registered
+  liveness_.reset();
+}
+
+std::string Group::address() const {
+  Address address;
+  address.rank = config_.topology.rank;
+  address.layout_hash = layout_hash(sizing_.layout);
+  address.host = config_.listen_host;
+  address.port = liveness_->port();
+  address.segment = segment_.name();
+  address.segment_bytes = segment_.size();
+  for (const auto& rail : rails_) address.rails.push_back(rail->local_address());
+  return address.encode();
+}
+
+std::vector<std::uint32_t> Group::neighbours() const {
+  std::vector<std::uint32_t> ranks;
+  const proto::Topology& topology = config_.topology;
+  for (std::uint32_t mate = 0; mate < topology.node_size; ++mate) {
+    if (mate != topology.local_rank()) ranks.push_back(topology.rank_of(topology.node(), mate));
+  }
+  for (std::uint32_t node = 0; node < topology.num_nodes(); ++node) {
+    if (node != topology.node()) ranks.push_back(topology.rail_peer(node));
+  }
+  return ranks;
+}
+
+void Group::connect(const std::vector<std::string>& encoded) {
+  const proto::Topology& topology = config_.topology;
+  MOE_EFA_CHECK(!connected_ && encoded.size() == topology.num_ranks, "connect() needs one address per rank, once");
+  auto config_error = [](const std::string& text) { throw StatusError({StatusCode::kConfig, -1, -1, -1, -1, text}); };
+  std::vector<Address> addresses;
+  for (std::uint32_t rank = 0; rank < topology.num_ranks; ++rank) {
+    addresses.push_back(Address::decode(encoded[rank]));
+    if (addresses[rank].rank != rank) config_error("address of rank " + std::to_string(addresses[rank].rank) + " at " + std::to_string(rank));
+    if (addresses[rank].layout_hash != layout_hash(sizing_.layout)) {
+      config_error("memory layout differs between rank " + std::to_string(topology.rank) + " and rank " +
+                   std::to_string(rank) + ": same version and configuration everywhere?");
+    }
+    if (addresses[rank].rails.size() != rails_.size()) {
+      config_error("rank " + std::to_string(topology.rank) + " has " + std::to_string(rails_.size()) +
+                   " NICs, rank " + std::to_string(rank) + " has " + std::to_string(addresses[rank].rails.size()) +
+                   ": all ranks need the same number");
+    }
+  }
+  for (std::uint32_t mate = 0; mate < topology.node_size; ++mate) {
+    if (mate == topology.local_rank()) continue;
+    const Address& address = addresses[topology.rank_of(topology.node(), mate)];
+    mate_segments_.push_back(transport::Segment::open(address.segment, address.segment_bytes));
+    regions_[mate] = mate_segments_.back().data();
+  }
+  for (std::uint32_t node = 0; node < topology.num_nodes(); ++node) {
+    if (node == topology.node()) continue;
+    for (std::size_t nic = 0; nic < rails_.size(); ++nic) {
+      rails_[nic]->add_peer(node, addresses[topology.rail_peer(node)].rails[nic]);
+    }
+  }
+  std::vector<transport::Liveness::Peer> peers;
+  for (std::uint32_t rank : neighbours()) {
+    peers.push_back({static_cast<int>(rank), addresses[rank].host, static_cast<std::uint16_t>(addresses[rank].port)});
+  }
+  liveness_->connect(peers, config_.timeout_s);
+  connected_ = true;
+}
+
+void Group::start() {
+  MOE_EFA_CHECK(connected_ && !started_, "start() follows connect(), once");
+  segment_.unlink();  // everybody has mapped it: from here a crash leaves nothing behind
+  if (unlink_rails_) unlink_rails_();
+  started_ = true;
+  if (!driver_) return;
+  driver_->inspect([](engine::Engine& engine) { engine.on_hello_wanted(); });
+  driver_->start();
+  // First contact: also opens the provider's connections before the first call is timed.
+  double begin = monotonic_s();
+  for (bool met = false; !met;) {
+    driver_->try_step();
+    driver_->inspect([&](engine::Engine& engine) { met = engine.all_hellos() && engine.idle(); });
+    if (liveness_->failed()) fail(liveness_->failure());
+    if (failed_.load()) check_open();
+    if (interrupt_check_) interrupt_check_();
+    if (monotonic_s() - begin > config_.timeout_s) {
+      fail({StatusCode::kPeerTimeout, -1, -1, -1, -1,
+            "no first contact over " + rails_[0]->describe() + " within " + std::to_string(config_.timeout_s) + " s"});
+    }
+    if (!met) sched_yield();
+  }
+}
+
+// --- failures
+
+void Group::record(const Status& status) {
+  {
+    std::lock_guard lock(failure_mutex_);
+    if (failure_.ok()) failure_ = status;  // the first error wins (I6)
+    failed_.store(true);
+  }
+  liveness_->abort(status);
+}
+
+void Group::fail(Status status) {
+  record(status);
+  check_open();
+  std::abort();  // unreachable: check_open throws after record
+}
+
+void Group::check_open() {
+  if (closed_) throw StatusError({StatusCode::kClosed, -1, -1, -1, -1, "this ExpertParallel is closed"});
+  if (!failed_.load() && liveness_->failed()) record(liveness_->failure());
+  if (failed_.load()) {
+    std::lock_guard lock(failure_mutex_);
+    throw StatusError(failure_);
+  }
+  MOE_EFA_CHECK(started_, "the group was not started");
+}
+
+Status Group::peer_failure(Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const {
+  Status status = liveness_->failure();
+  // The detector knows the rank; the call knows where it was.
+  if (status.phase < 0) status.phase = static_cast<int>(phase);
+  if (status.epoch < 0) status.epoch = epoch;
+  if (status.chunk < 0) status.chunk = waiting.chunk;
+  std::ostringstream text;
+  text << status.message << "; rank " << config_.topology.rank << " was in " << proto::phase_name(phase) << " epoch "
+       << epoch;
+  status.message = text.str();
+  return status;
+}
+
+void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiting& waiting, double idle_s,
+                           bool* warned) {
+  auto status_of = [&](StatusCode code, int rank, const std::string& text) {
+    return Status{code, rank, static_cast<int>(phase), epoch, waiting.chunk, text};
+  };
+  if (idle_s > kGoodbyeGraceS) {
+    for (std::uint32_t rank : neighbours()) {
+      if (liveness_->peer_said_goodbye(static_cast<int>(rank))) {
+        std::ostringstream text;
+        text << "rank " << rank << " closed the group while rank " << config_.topology.rank << " was in "
+             << proto::phase_name(phase) << " epoch " << epoch;
+        fail(status_of(StatusCode::kPeerLost, static_cast<int>(rank), text.str()));
+      }
+    }
+  }
+  if (idle_s > kWarnAfterS && !*warned) {
+    *warned = true;
+    std::ostringstream text;
+    text << "waiting for " << static_cast<int>(idle_s) << " s in " << proto::phase_name(phase) << " epoch " << epoch
+         << describe_wait(waiting);
+    common::log_line("warning", static_cast<int>(config_.topology.rank), text.str());
+  }
+  if (idle_s > config_.timeout_s) {
+    std::ostringstream text;
+    text << proto::phase_name(phase) << " epoch " << epoch << " on rank " << config_.topology.rank
+         << " made no progress for " << config_.timeout_s << " s: waiting" << describe_wait(waiting);
+    fail(status_of(StatusCode::kPeerTimeout, waiting.rank, text.str()));
+  }
+}
+
+// --- calls
+
+kernels::CallContext Group::context() {
+  return {view_, state_, descriptors_.get(), pool_, std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size()))};
+}
+
+template <typename Call, typename Until>
+void Group::run(Call& call, Phase phase, const Until& until) {
+  // Spinning costs the other ranks of a small host their turn, so the loop yields soon and sleeps later.
+  constexpr std::uint32_t kYieldAfter = 16, kCheckEvery = 64, kSleepAfter = 4096;
+  auto epoch = static_cast<std::int64_t>(call.epoch());
+  double last_moved = monotonic_s();
+  bool warned = false;
+  if (driver_) driver_->enter();
+  struct Leave {
+    Driver* driver;
+    ~Leave() {
+      if (driver != nullptr) driver->leave();
+    }
+  } leave{driver_.get()};
+  try {
+    for (std::uint32_t idle = 0; !until();) {
+      bool moved = call.step();
+      if (driver_) moved |= driver_->try_step();
+      if (moved) {
+        idle = 0;
+        continue;
+      }
+      ++idle;
+      if (idle == 1) last_moved = monotonic_s();
+      if (liveness_->failed() && !failed_.load()) fail(peer_failure(phase, epoch, call.waiting()));
+      if (failed_.load()) check_open();
+      if (idle % kCheckEvery == 0) {
+        if (interrupt_check_) interrupt_check_();
+        double idle_s = monotonic_s() - last_moved;
+        if (idle_s > kGoodbyeGraceS) check_patience(phase, epoch, call.waiting(), idle_s, &warned);
+      }
+      if (idle > kSleepAfter) {
+        timespec pause{0, 50'000};
+        nanosleep(&pause, nullptr);
+      } else if (idle > kYieldAfter) {
+        sched_yield();
+      }
+    }
+  } catch (const StatusError& error) {
+    if (!failed_.load()) fail(error.status());
+    throw;
+  } catch (...) {
+    // An interrupt in the middle of a call: the others cannot finish without this rank.
+    record({StatusCode::kTransport, static_cast<int>(config_.topology.rank), static_cast<int>(phase), epoch, -1,
+            "rank " + std::to_string(config_.topology.rank) + " was interrupted in " + proto::phase_name(phase) +
+                " epoch " + std::to_string(epoch)});
+    throw;
+  }
+}
+
+proto::DType Group::wire_dtype(const std::string& configured, proto::DType tensor) const {
+  if (configured == "auto") return tensor;
+  return configured == "bf16" ? proto::DType::kBf16 : proto::DType::kFp32;
+}
+
+std::uint64_t Group::floor_bytes(Phase phase, const kernels::Plan& plan, proto::DType dtype) const {
+  std::uint64_t rows = 0;
+  for (std::uint32_t node = 0; node < config_.topology.num_nodes(); ++node) {
+    if (node == config_.topology.node()) continue;
+    rows += phase == Phase::kDispatch
+                ? plan.send[node].facts.rows
+                : plan.rings[config_.topology.local_rank() * config_.topology.num_nodes() + node].rows;
+  }
+  return rows * config_.hidden_size * proto::dtype_bytes(dtype);
+}
+
+std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& request) {
+  check_open();
+  MOE_EFA_CHECK(!dispatch_, "dispatch_begin() while a dispatch is in progress");
+  double begin = monotonic_s();
+  std::shared_ptr<kernels::Plan> plan = request.plan;
+  if (!plan) {
+    // Throws kInvalid before anything is sent or counted (I17).
+    plan = kernels::cpu::build_send_plan(
+        {request.topk_idx, request.topk_weights, request.num_tokens, request.expert_alignment, context().num_nics}, view_);
+  }
+  dispatch_request_ = request;
+  dispatch_plan_ = plan;
+  dispatch_.emplace(context(), kernels::DispatchArgs{request.x, request.dtype,
+                                                     wire_dtype(config_.wire_dtype, request.dtype), plan});
+  run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->sizes_known(); });
+  phase_stats_[0].seconds += monotonic_s() - begin;
+  return plan;
+}
+
+void Group::dispatch_finish(void* out, float* weights) {
+  check_open();
+  MOE_EFA_CHECK(dispatch_, "dispatch_finish() without dispatch_begin()");
+  double begin = monotonic_s();
+  dispatch_->set_output({out, weights});
+  run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->done(); });
+  dispatch_.reset();
+  PhaseStats& stats = phase_stats_[0];
+  ++stats.calls;
+  stats.wire_floor_bytes +=
+      floor_bytes(Phase::kDispatch, *dispatch_plan_, wire_dtype(config_.wire_dtype, dispatch_request_.dtype));
+  stats.seconds += monotonic_s() - begin;
+  dispatch_plan_.reset();
+  dispatch_request_ = {};
+}
+
+void Group::combine(const CombineRequest& request) {
+  check_open();
+  MOE_EFA_CHECK(!dispatch_, "combine() inside a dispatch");
+  MOE_EFA_CHECK(request.plan && request.plan->complete, "combine() needs the plan of a finished dispatch");
+  double begin = monotonic_s();
+  proto::DType wire = wire_dtype(config_.combine_dtype, request.dtype);
+  kernels::cpu::CombineCall call(
+      context(), {request.y, request.dtype, wire, request.plan, request.weights, request.weight_grads, request.out,
+                  request.topk_weight_grads});
+  run(call, Phase::kCombine, [&] { return call.done(); });
+  PhaseStats& stats = phase_stats_[1];
+  ++stats.calls;
+  stats.wire_floor_bytes += floor_bytes(Phase::kCombine, *request.plan, wire);
+  stats.seconds += monotonic_s() - begin;
+}
+
+// --- the end
+
+void Group::abort(const std::string& message) {
+  if (closed_) return;
+  record({StatusCode::kTransport, static_cast<int>(config_.topology.rank), -1, -1, -1,
+          "rank " + std::to_string(config_.topology.rank) + " gave up: " + message});
+}
+
+void Group::close(bool collective, double timeout_s) {
+  if (closed_) return;
+  auto broken = [this] { return failed_.load() || liveness_->failed(); };
+  bool in_time = true;
+  if (started_ && !broken() && !dispatch_) {
+    double begin = monotonic_s();
+    // What this rank owes is written and credited before it leaves (I13).
+    for (bool idle = !driver_; !idle && !broken() && monotonic_s() - begin < std::min(timeout_s, kDrainS);) {
+      if (!driver_->try_step()) sched_yield();
+      driver_->inspect([&](engine::Engine& engine) { idle = engine.idle() && descriptors_->empty(); });
+    }
+    liveness_->goodbye();
+    if (collective) {
+      // The others may still need this rank's progress: the driver keeps running. Short waits let Ctrl-C through.
+      begin = monotonic_s();
+      while (!(in_time = liveness_->wait_goodbyes(0.1)) && !broken() && monotonic_s() - begin < timeout_s) {
+        if (interrupt_check_) interrupt_check_();
+      }
+    }
+  } else if (started_ && dispatch_) {
+    abort("closed in the middle of a dispatch");
+  }
+  bool failed = broken();
+  closed_ = true;
+  dispatch_.reset();
+  if (driver_) driver_->stop();
+  if (!in_time && !failed) {
+    throw StatusError({StatusCode::kPeerTimeout, -1, -1, -1, -1,
+                       "close() is collective: not every rank closed within " + std::to_string(timeout_s) + " s"});
+  }
+}
+
+GroupStats Group::stats() {
+  GroupStats stats;
+  for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p] = phase_stats_[p];
+  if (!driver_) return stats;
+  // The driver may still be posting the last call's chunks.
+  bool settled = false;
+  for (double begin = monotonic_s(); !settled && !failed_.load() && !closed_ && monotonic_s() - begin < 1;) {
+    if (!driver_->try_step()) sched_yield();
+    driver_->inspect([&](engine::Engine& engine) { settled = !engine.has_pending_writes() && descriptors_->empty(); });
+  }
+  driver_->inspect([&](engine::Engine& engine) {
+    for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p].wire_bytes = engine.stats().wire_bytes[p];
+    stats.writes = engine.stats().writes;
+  });
+  return stats;
+}
+
+GroupInfo Group::info() const {
+  GroupInfo info;
+  info.transport = rails_.empty() ? "shared memory" : rails_[0]->describe();
+  info.layout = sizing_.layout;
+  info.registered_bytes = sizing_.region_bytes;
+  info.num_threads = static_cast<std::uint32_t>(pool_.width());
+  return info;
+}
+
+}  // namespace moe_efa::runtime

@@ -1,0 +1,141 @@
+// Group: one rank's native object. It owns the region, the rails, the engine, the driver thread and the failure
+// detector, and runs one call at a time. It knows no tensors: pointers, sizes and plans.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "engine/descriptor_ring.h"
+#include "engine/engine.h"
+#include "kernels/cpu/combine_call.h"
+#include "kernels/cpu/dispatch_call.h"
+#include "kernels/launch.h"
+#include "proto/region.h"
+#include "runtime/address.h"
+#include "runtime/config.h"
+#include "runtime/driver.h"
+#include "runtime/thread_pool.h"
+#include "transport/liveness.h"
+#include "transport/pump.h"
+#include "transport/rail.h"
+#include "transport/segment.h"
+
+namespace moe_efa::runtime {
+
+struct DispatchRequest {
+  const void* x = nullptr;
+  proto::DType dtype = proto::DType::kBf16;
+  std::uint32_t num_tokens = 0;
+  const std::int64_t* topk_idx = nullptr;  // fresh
+  const float* topk_weights = nullptr;     // fresh
+  std::uint32_t expert_alignment = 1;
+  std::shared_ptr<kernels::Plan> plan;  // a replay
+};
+
+struct CombineRequest {
+  const void* y = nullptr;
+  proto::DType dtype = proto::DType::kBf16;
+  std::shared_ptr<kernels::Plan> plan;
+  void* out = nullptr;
+  const float* weights = nullptr;
+  const float* weight_grads = nullptr;
+  float* topk_weight_grads = nullptr;
+};
+
+struct PhaseStats {
+  std::uint64_t calls = 0;
+  std::uint64_t wire_bytes = 0;        // posted towards other nodes: headers, metadata and counts included
+  std::uint64_t wire_floor_bytes = 0;  // one row of hidden bytes per (token, remote node)
+  double seconds = 0;
+};
+
+struct GroupStats {
+  PhaseStats phases[proto::kNumPhases];
+  std::uint64_t writes = 0;
+};
+
+struct GroupInfo {
+  std::string transport;
+  proto::LayoutConfig layout;
+  std::uint64_t registered_bytes = 0;
+  std::uint32_t num_threads = 1;
+};
+
+class Group {
+ public:
+  explicit Group(const GroupConfig& config);  // region, rails, listener; talks to nobody
+  ~Group();
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  std::string address() const;
+  void connect(const std::vector<std::string>& addresses);  // of all ranks, by rank
+  void start();  // after every rank has connected
+
+  // Called now and then by waiting loops; may throw (an interrupted interpreter).
+  void set_interrupt_check(std::function<void()> check) { interrupt_check_ = std::move(check); }
+
+  // A dispatch is two calls, since the caller allocates the output once the sizes are known.
+  std::shared_ptr<kernels::Plan> dispatch_begin(const DispatchRequest& request);
+  void dispatch_finish(void* out, float* weights);
+  void combine(const CombineRequest& request);
+
+  void abort(const std::string& message);
+  // Drains; waits for the others when `collective`. Throws kPeerTimeout naming nobody's fault but the clock's.
+  void close(bool collective, double timeout_s);
+
+  GroupStats stats();
+  GroupInfo info() const;
+
+ private:
+  void make_rails();
+  [[noreturn]] void fail(common::Status status);
+  void record(const common::Status& status);
+  void check_open();
+  template <typename Call, typename Until>
+  void run(Call& call, proto::Phase phase, const Until& until);
+  void check_patience(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting, double idle_s,
+                      bool* warned);
+  common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
+  std::vector<std::uint32_t> neighbours() const;
+  std::uint64_t floor_bytes(proto::Phase phase, const kernels::Plan& plan, proto::DType dtype) const;
+  proto::DType wire_dtype(const std::string& configured, proto::DType tensor) const;
+  kernels::CallContext context();
+
+  GroupConfig config_;
+  Sizing sizing_;
+  proto::RegionLayout layout_;
+  transport::Segment segment_;                     // own region, where mates or shared-memory rails map it
+  std::vector<transport::Segment> mate_segments_;
+  std::vector<std::byte*> regions_;                // [node_size]
+  proto::NodeView view_;
+  kernels::RankState state_;
+  ThreadPool pool_;
+  std::unique_ptr<transport::Liveness> liveness_;
+  std::vector<std::unique_ptr<transport::Rail>> rails_;
+  std::function<void()> unlink_rails_;
+  std::unique_ptr<engine::DescriptorRing> descriptors_;
+  std::unique_ptr<engine::Engine> engine_;
+  std::unique_ptr<transport::Pump> pump_;
+  std::unique_ptr<Driver> driver_;
+  std::function<void()> interrupt_check_;
+
+  std::optional<kernels::cpu::DispatchCall> dispatch_;
+  DispatchRequest dispatch_request_;
+  std::shared_ptr<kernels::Plan> dispatch_plan_;
+  PhaseStats phase_stats_[proto::kNumPhases];
+  bool connected_ = false, started_ = false, closed_ = false;
+  std::atomic<bool> failed_{false};
+  mutable std::mutex failure_mutex_;
+  common::Status failure_;
+  bool failure_raised_ = false;
+};
+
+}  // namespace moe_efa::runtime

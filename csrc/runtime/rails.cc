@@ -1,0 +1,44 @@
+#include "runtime/rails.h"
+
+#include "common/status.h"
+#include "transport/libfabric_rail.h"
+#include "transport/shm_rail.h"
+
+namespace moe_efa::runtime {
+
+Rails open_rails(const GroupConfig& config, const transport::Segment& region, std::uint32_t max_inbound_events,
+                 std::uint32_t max_writes) {
+  const proto::Topology& topology = config.topology;
+  Rails rails;
+  if (config.transport == "libfabric") {
+    transport::LibfabricRailConfig rail;
+    rail.search = {config.libfabric, config.libfabric_hints};
+    rail.provider = config.provider;
+    rail.region = region.data();
+    rail.region_bytes = region.size();
+    rail.num_peers = topology.num_nodes() - 1;
+    rail.max_outstanding = max_writes;
+    rail.max_remote_events = max_inbound_events;
+    rail.source_address = config.listen_host;
+    rails.rails.push_back(transport::make_libfabric_rail(rail));
+    return rails;
+  }
+  if (config.transport == "shm") {
+    transport::ShmRailConfig rail;
+    rail.region = region.data();
+    rail.region_bytes = region.size();
+    rail.region_name = region.name();
+    rail.inbox_name = transport::segment_name(config.job_key, static_cast<int>(topology.rank), "inbox");
+    rail.own_node = topology.node();
+    rail.num_nodes = topology.num_nodes();
+    rail.inbox_entries = max_inbound_events / (topology.num_nodes() - 1) + 1;
+    auto shm = std::make_unique<transport::ShmRail>(rail);
+    rails.unlink = [raw = shm.get()] { raw->unlink(); };
+    rails.rails.push_back(std::move(shm));
+    return rails;
+  }
+  throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1,
+                             "transport '" + config.transport + "' cannot join nodes: use libfabric or shm"});
+}
+
+}  // namespace moe_efa::runtime

@@ -1,0 +1,55 @@
+// Reference: what every call must produce, by plain serial loops over the whole group's routing. It shares no code with
+// the kernels; the order of its sums is the specification: own experts by (expert, top-k position), then ranks of a
+// node, then nodes, each stage rounded once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "simulator/workload.h"
+
+namespace moe_efa::simulator {
+
+struct RowOrigin {
+  std::uint32_t rank, token, topk_pos;
+};
+
+// Rows of one rank's output. The padding of an expert is not listed.
+struct RankRows {
+  std::vector<std::int64_t> tokens_per_expert, offsets;
+  std::vector<std::pair<std::int64_t, RowOrigin>> rows;
+};
+
+class Reference {
+ public:
+  explicit Reference(const Workload& world);
+
+  const RankRows& rows(std::uint32_t plan, std::uint32_t rank) const { return rows_[plan][rank]; }
+
+  struct Dispatched {
+    std::vector<std::byte> x;
+    std::vector<float> weights;
+  };
+  Dispatched dispatched(std::size_t call, std::uint32_t rank) const;
+
+  struct Combined {
+    std::vector<std::byte> out;
+    std::vector<float> topk_weight_grads;
+  };
+  Combined combined(std::size_t call, std::uint32_t rank) const;
+
+  // Inputs of a combine: y with NaN in the padding, weights and their gradients per row.
+  struct CombineInput {
+    std::vector<std::byte> y;
+    std::vector<float> weights, weight_grads;
+  };
+  CombineInput combine_input(std::size_t call, std::uint32_t rank) const;
+
+ private:
+  const Workload& world_;
+  std::vector<std::vector<RankRows>> rows_;                       // [plan][rank]
+  std::vector<std::vector<std::vector<std::int64_t>>> row_of_;    // [plan][rank][token * top_k + k]: on the owner
+};
+
+}  // namespace moe_efa::simulator

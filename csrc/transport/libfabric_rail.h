@@ -1,0 +1,42 @@
+// LibfabricRail: one libfabric endpoint (efa, tcp, verbs, shm) as a Rail. It registers the region once, writes with a
+// 32-bit immediate, and keeps at most max_outstanding writes in flight whatever the provider would accept. Knows
+// nothing of the protocol, and judges neither deadlines nor liveness: no provider reports a peer's death reliably.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "transport/libfabric_loader.h"
+#include "transport/rail.h"
+
+namespace moe_efa::transport {
+
+struct LibfabricRailConfig {
+  LibfabricSearch search;
+  std::string provider;            // "efa", "efa-direct", "tcp", "verbs", "shm", or a name as fi_info prints it;
+                                   // empty: efa where there is a device, else tcp
+  std::byte* region = nullptr;     // stays mapped until the rail is destroyed
+  std::uint64_t region_bytes = 0;
+  std::uint32_t num_peers = 1;     // add_peer calls to expect
+  std::uint32_t max_outstanding = 128;      // own writes in flight; the provider's queue may lower it
+  std::uint32_t max_remote_events = 1024;   // immediates in flight towards this rail (I12): sizes the completion
+                                            // queue and, where the provider wants them, the posted receives
+  std::string source_address;      // IPv4 address to bind; empty: the provider's first. Software providers only
+  std::uint32_t nic_index = 0;     // among the provider's NICs in its own order; ignored by software providers
+  int rail_index = 0;              // for messages
+};
+
+// Throws StatusError: kConfig when the library, the provider or the NIC is missing or unfit, kTransport otherwise.
+std::unique_ptr<Rail> make_libfabric_rail(const LibfabricRailConfig& config);
+
+// Providers on this host that could carry a rail, as fi_info names them, "efa-direct" apart from "efa". Empty
+// without libfabric. Scans everything: takes a second.
+std::vector<std::string> available_providers(const LibfabricSearch& search);
+
+// NICs of a provider in the order of nic_index: domain names such as "rdmap0s6-rdm" or "eth0". Empty without any.
+std::vector<std::string> available_nics(const LibfabricSearch& search, const std::string& provider);
+
+}  // namespace moe_efa::transport

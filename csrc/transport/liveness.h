@@ -1,0 +1,140 @@
+// Failure detector: a control TCP connection to each rail peer and node mate, judged by one sleeping thread that needs
+// no GIL. Knows nothing of rails or the protocol. Keeps I5 (every wait is bounded and names a rank) and I6 (the first
+// error wins, is sticky, reaches every rank).
+#pragma once
+
+#include <poll.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/status.h"
+#include "transport/control_socket.h"
+#include "transport/control_wire.h"
+
+namespace moe_efa::transport {
+
+struct LivenessConfig {
+  int rank = 0;
+  std::string listen_host;  // "" = every interface
+  std::string job_key;      // must be the same on every rank
+  double heartbeat_timeout_s = 20.0;
+};
+
+class Liveness {
+ public:
+  struct Peer {
+    int rank = -1;
+    std::string host;
+    std::uint16_t port = 0;
+  };
+
+  explicit Liveness(const LivenessConfig& config);  // binds and listens on an ephemeral port
+  ~Liveness();  // hands pending aborts and goodbyes to the kernel (<= 200 ms), then closes; never hangs
+  Liveness(const Liveness&) = delete;
+  Liveness& operator=(const Liveness&) = delete;
+
+  std::uint16_t port() const { return port_; }
+
+  // Once. Dials the peers of greater rank and accepts the others; returns when all are authenticated. Throws the first
+  // failure: kPeerTimeout (or kConfig, when a peer turned us away) naming a missing rank, kPeerLost, or a peer's abort.
+  void connect(const std::vector<Peer>& peers, double timeout_s);
+
+  // Lock-free, for hot wait loops.
+  bool failed() const {
+    // Acquire: pairs with the release in record(); whoever sees true finds failure_ written.
+    return failed_.load(std::memory_order_acquire);
+  }
+  common::Status failure() const;  // the first failure; ok() when there is none
+
+  // Records the failure unless there is one, and tells every peer, who tell theirs. Waits <= 200 ms until the kernel
+  // has the bytes, so that the process may exit right after. Any thread.
+  void abort(const common::Status& status);
+
+  // Says that this rank needs its peers no more: from now on their silence and EOF are normal, as is ours to them.
+  void goodbye();
+  bool peer_said_goodbye(int rank) const;
+  // True when every peer said goodbye or is gone; false on timeout, or at once after a failure.
+  bool wait_goodbyes(double timeout_s);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  // kIdle: dial at retry_at.  kAwaited: the peer dials us.  kConnecting, kGreeting: we dialled, and wait for TCP or for
+  // its HELLO.  kUp: authenticated.  kGone: was up, is closed.
+  enum class LinkState { kIdle, kAwaited, kConnecting, kGreeting, kUp, kGone };
+  struct Link {
+    Peer peer;
+    std::vector<SocketAddress> addresses;  // empty where the peer dials
+    std::size_t next_address = 0;
+    LinkState state = LinkState::kIdle;
+    int fd = -1;
+    bool broken = false;  // a send failed; what the peer sent before is still read
+    bool said_goodbye = false;
+    bool turned_away = false;
+    std::string in, out, trouble;
+    Clock::time_point last_heard, retry_at, dial_deadline;
+  };
+  struct Stranger {  // accepted, not authenticated
+    int fd = -1;
+    std::string in;
+    Clock::time_point deadline;
+  };
+
+  // The thread. All but run() expect mutex_ held.
+  void run();
+  void loop(std::unique_lock<std::mutex>& lock);
+  std::vector<pollfd> poll_set(Clock::time_point now) const;
+  int poll_timeout_ms(Clock::time_point now) const;
+  void accept_strangers(Clock::time_point now);
+  bool greet(Stranger& stranger, Clock::time_point now);  // false: not waiting for its HELLO any more
+  void dial(Link& link, Clock::time_point now);
+  void retry(Link& link, const std::string& trouble, Clock::time_point now);
+  void read(Link& link, Clock::time_point now);
+  void take_frames(Link& link, Clock::time_point now);
+  void end(Link& link, const std::string& reason, Clock::time_point now);
+  void bring_up(Link& link, Clock::time_point now);
+  void beat(Clock::time_point now);
+  void judge(Clock::time_point now);
+  void final_flush();
+
+  // Any thread, mutex_ held.
+  void record(const common::Status& status, const Link* source);
+  void send(Link& link, const std::string& bytes);
+  void flush(Link& link);
+  bool all_up() const { return num_up_ == links_.size(); }
+  bool all_flushed() const;
+  void wait_flushed(std::unique_lock<std::mutex>& lock);
+  common::Status missing_peers(double timeout_s) const;
+  void wake();
+
+  const LivenessConfig config_;
+  const Clock::duration timeout_;
+  const Clock::duration interval_;
+  int listen_fd_ = -1;
+  int wake_fd_ = -1;
+  std::uint16_t port_ = 0;
+
+  // Everything below is guarded by mutex_, which the thread drops only while it sleeps in poll(). Only the thread opens
+  // and closes connections; callers may send on them.
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Link> links_;
+  std::vector<Stranger> strangers_;
+  std::size_t num_up_ = 0;  // ever
+  common::Status failure_;
+  bool connect_called_ = false;
+  bool departed_ = false;  // goodbye() was called
+  bool stopping_ = false;
+  Clock::time_point next_beat_, last_wake_, accept_after_;
+
+  std::atomic<bool> failed_{false};
+  std::thread thread_;
+};
+
+}  // namespace moe_efa::transport
