@@ -9,5 +9,6 @@ void bind_errors(pybind11::module_& module);
 void bind_group(pybind11::module_& module);
 void bind_build_info(pybind11::module_& module);
 void bind_simulator(pybind11::module_& module);
+void bind_wire(pybind11::module_& module);
 
 }  // namespace moe_efa::bindings

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_C, module) {
   moe_efa::bindings::bind_group(module);
   moe_efa::bindings::bind_build_info(module);
   moe_efa::bindings::bind_simulator(module);
+  moe_efa::bindings::bind_wire(module);
 }
