@@ -149,6 +149,16 @@ void bind_group(py::module_& module) {
            py::arg("config"), release())
       .def("address", [](const Group& group) { return py::bytes(group.address()); })
       .def("connect", &Group::connect, py::arg("addresses"), release())
+      .def("meet",
+           [](Group& group, const py::function& poll) {
+             py::gil_scoped_release unlocked;
+             group.meet([&poll] {
+               py::gil_scoped_acquire gil;
+               poll();
+             });
+           },
+           py::arg("poll"))
+      .def("check", &Group::check, release())
       .def("start", &Group::start, release())
       .def("dispatch_begin", &Group::dispatch_begin, py::arg("args"), release())
       .def("dispatch_finish",
@@ -157,7 +167,13 @@ void bind_group(py::module_& module) {
            },
            py::arg("out_ptr"), py::arg("weights_ptr"), release())
       .def("combine", &Group::combine, py::arg("args"), release())
-      .def("abort", &Group::abort, py::arg("message"), release())
+      .def("abort", [](Group& group, const std::string& message) { group.abort(message); }, py::arg("message"), release())
+      .def("abort_for",
+           [](Group& group, const std::string& message, int rank, bool lost) {
+             group.abort(common::Status{lost ? common::StatusCode::kPeerLost : common::StatusCode::kPeerTimeout, rank, -1,
+                                        -1, -1, message});
+           },
+           py::arg("message"), py::kw_only(), py::arg("rank"), py::arg("lost"), release())
       .def("close", &Group::close, py::kw_only(), py::arg("collective"), py::arg("timeout_s"), release())
       .def("stats",
            [](Group& group) {

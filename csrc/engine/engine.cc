@@ -365,7 +365,7 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
   ++ring.arrived;
   ++stats_.chunks_in;
   actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq});
-  if (mutant(Mutant::kChunkTrustedEarly) && seq > 0 && ring.landed[(seq - 1) % config.slots] != seq) {
+  if (mutant(Mutant::kChunkTrustedEarly) && seq > ring.released && ring.landed[(seq - 1) % config.slots] < seq) {
     actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq - 1});
   }
   if (mutant(Mutant::kCreditOnArrival)) {

@@ -22,9 +22,16 @@ using proto::Phase;
 namespace {
 
 constexpr double kWarnAfterS = 30;        // a call that waits so long says for whom, once
-constexpr double kGoodbyeGraceS = 0.5;    // what a peer sent before it closed may still be on its way
+constexpr double kPatienceS = 0.5;        // before a call asks whom it waits for
+constexpr double kVerdictS = 0.5;         // after an error of a rail: for the failure detector to say what happened
+constexpr double kFarewellS = 1;          // more than the others wait, so that who knows the culprit speaks first
 constexpr double kDrainS = 2;
 constexpr std::uint32_t kWritesPerNic = 64;
+
+void nap(double seconds) {
+  timespec pause{0, static_cast<long>(seconds * 1e9)};
+  nanosleep(&pause, nullptr);
+}
 
 std::string describe_wait(const kernels::Waiting& waiting) {
   std::ostringstream text;
@@ -68,9 +75,18 @@ void Group::make_rails() {
   for (const auto& rail : rails_) raw.push_back(rail.get());
   transport::PumpConfig pump_config;
   pump_config.post_timeout_s = config_.timeout_s;
+  pump_config.peer_left = [this](std::uint32_t rank, bool wait) { return peer_left(rank, wait); };
   pump_ = std::make_unique<transport::Pump>(*engine_, view_, raw, *descriptors_, pump_config);
   bool spin = std::thread::hardware_concurrency() >= 2 * config_.topology.node_size * std::max(1u, config_.num_threads);
-  driver_ = std::make_unique<Driver>(*engine_, *pump_, spin, [this](const Status& status) { record(status); });
+  driver_ = std::make_unique<Driver>(*engine_, *pump_, spin, [this](const Status& status) {
+    if (status.code == StatusCode::kTransport) {
+      // A connection that breaks is mostly the first sign of a death, for which the failure detector has better words.
+      double begin = monotonic_s();
+      while (!liveness_->failed() && monotonic_s() - begin < kVerdictS) nap(0.001);
+      if (liveness_->failed()) return;
+    }
+    record(status);
+  });
 }
 
 Group::~Group() {
@@ -135,16 +151,20 @@ void Group::connect(const std::vector<std::string>& encoded) {
       rails_[nic]->add_peer(node, addresses[topology.rail_peer(node)].rails[nic]);
     }
   }
-  std::vector<transport::Liveness::Peer> peers;
   for (std::uint32_t rank : neighbours()) {
-    peers.push_back({static_cast<int>(rank), addresses[rank].host, static_cast<std::uint16_t>(addresses[rank].port)});
+    peers_.push_back({static_cast<int>(rank), addresses[rank].host, static_cast<std::uint16_t>(addresses[rank].port)});
   }
-  liveness_->connect(peers, config_.timeout_s);
   connected_ = true;
 }
 
+void Group::meet(const std::function<void()>& poll) {
+  MOE_EFA_CHECK(connected_ && !met_, "meet() follows connect(), once");
+  liveness_->connect(peers_, config_.timeout_s, poll);
+  met_ = true;
+}
+
 void Group::start() {
-  MOE_EFA_CHECK(connected_ && !started_, "start() follows connect(), once");
+  MOE_EFA_CHECK(met_ && !started_, "start() follows meet(), once");
   segment_.unlink();  // everybody has mapped it: from here a crash leaves nothing behind
   if (unlink_rails_) unlink_rails_();
   started_ = true;
@@ -178,6 +198,33 @@ void Group::record(const Status& status) {
   liveness_->abort(status);
 }
 
+void Group::check() const {
+  if (liveness_->failed()) throw StatusError(liveness_->failure());
+  std::lock_guard lock(failure_mutex_);
+  if (!failure_.ok()) throw StatusError(failure_);
+}
+
+bool Group::peer_left(std::uint32_t rank, bool wait) const {
+  double begin = monotonic_s();
+  for (;;) {
+    if (liveness_->any_goodbye() && liveness_->peer_said_goodbye(static_cast<int>(rank))) return true;
+    if (!wait || liveness_->failed() || monotonic_s() - begin > kVerdictS) return false;
+    nap(0.001);
+  }
+}
+
+// A peer that left after this very call owes nothing. One that left before it will never come.
+void Group::check_departures(Phase phase, std::int64_t epoch) {
+  for (std::uint32_t rank : neighbours()) {
+    std::optional<std::uint64_t> calls = liveness_->goodbye_of(static_cast<int>(rank));
+    if (!calls || *calls >= state_.call) continue;
+    std::ostringstream text;
+    text << "rank " << rank << " closed the group while rank " << config_.topology.rank << " was in "
+         << proto::phase_name(phase) << " epoch " << epoch;
+    fail({StatusCode::kPeerLost, static_cast<int>(rank), static_cast<int>(phase), epoch, -1, text.str()});
+  }
+}
+
 void Group::fail(Status status) {
   record(status);
   check_open();
@@ -189,6 +236,7 @@ void Group::check_open() {
   if (!failed_.load() && liveness_->failed()) record(liveness_->failure());
   if (failed_.load()) {
     std::lock_guard lock(failure_mutex_);
+    failure_raised_ = true;
     throw StatusError(failure_);
   }
   MOE_EFA_CHECK(started_, "the group was not started");
@@ -212,16 +260,6 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
   auto status_of = [&](StatusCode code, int rank, const std::string& text) {
     return Status{code, rank, static_cast<int>(phase), epoch, waiting.chunk, text};
   };
-  if (idle_s > kGoodbyeGraceS) {
-    for (std::uint32_t rank : neighbours()) {
-      if (liveness_->peer_said_goodbye(static_cast<int>(rank))) {
-        std::ostringstream text;
-        text << "rank " << rank << " closed the group while rank " << config_.topology.rank << " was in "
-             << proto::phase_name(phase) << " epoch " << epoch;
-        fail(status_of(StatusCode::kPeerLost, static_cast<int>(rank), text.str()));
-      }
-    }
-  }
   if (idle_s > kWarnAfterS && !*warned) {
     *warned = true;
     std::ostringstream text;
@@ -233,7 +271,10 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
     std::ostringstream text;
     text << proto::phase_name(phase) << " epoch " << epoch << " on rank " << config_.topology.rank
          << " made no progress for " << config_.timeout_s << " s: waiting" << describe_wait(waiting);
-    fail(status_of(StatusCode::kPeerTimeout, waiting.rank, text.str()));
+    // Ranks wait for each other in chains; one that has stopped is at the end of all of them.
+    int suspect = liveness_->suspect();
+    if (suspect >= 0 && suspect != waiting.rank) text << "; rank " << suspect << " has been silent for a while";
+    fail(status_of(StatusCode::kPeerTimeout, suspect >= 0 ? suspect : waiting.rank, text.str()));
   }
 }
 
@@ -272,7 +313,8 @@ void Group::run(Call& call, Phase phase, const Until& until) {
       if (idle % kCheckEvery == 0) {
         if (interrupt_check_) interrupt_check_();
         double idle_s = monotonic_s() - last_moved;
-        if (idle_s > kGoodbyeGraceS) check_patience(phase, epoch, call.waiting(), idle_s, &warned);
+        if (liveness_->any_goodbye()) check_departures(phase, epoch);
+        if (idle_s > kPatienceS) check_patience(phase, epoch, call.waiting(), idle_s, &warned);
       }
       if (idle > kSleepAfter) {
         timespec pause{0, 50'000};
@@ -289,6 +331,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
     record({StatusCode::kTransport, static_cast<int>(config_.topology.rank), static_cast<int>(phase), epoch, -1,
             "rank " + std::to_string(config_.topology.rank) + " was interrupted in " + proto::phase_name(phase) +
                 " epoch " + std::to_string(epoch)});
+    failure_raised_ = true;  // in the shape of the interrupt
     throw;
   }
 }
@@ -363,40 +406,67 @@ void Group::combine(const CombineRequest& request) {
 // --- the end
 
 void Group::abort(const std::string& message) {
+  abort(Status{StatusCode::kTransport, static_cast<int>(config_.topology.rank), -1, -1, -1,
+               "rank " + std::to_string(config_.topology.rank) + " gave up: " + message});
+}
+
+void Group::abort(const Status& status) {
   if (closed_) return;
-  record({StatusCode::kTransport, static_cast<int>(config_.topology.rank), -1, -1, -1,
-          "rank " + std::to_string(config_.topology.rank) + " gave up: " + message});
+  record(status);
+  failure_raised_ = true;
 }
 
 void Group::close(bool collective, double timeout_s) {
   if (closed_) return;
   auto broken = [this] { return failed_.load() || liveness_->failed(); };
-  bool in_time = true;
-  if (started_ && !broken() && !dispatch_) {
-    double begin = monotonic_s();
-    // What this rank owes is written and credited before it leaves (I13).
-    for (bool idle = !driver_; !idle && !broken() && monotonic_s() - begin < std::min(timeout_s, kDrainS);) {
-      if (!driver_->try_step()) sched_yield();
-      driver_->inspect([&](engine::Engine& engine) { idle = engine.idle() && descriptors_->empty(); });
-    }
-    liveness_->goodbye();
-    if (collective) {
-      // The others may still need this rank's progress: the driver keeps running. Short waits let Ctrl-C through.
-      begin = monotonic_s();
-      while (!(in_time = liveness_->wait_goodbyes(0.1)) && !broken() && monotonic_s() - begin < timeout_s) {
-        if (interrupt_check_) interrupt_check_();
+  Status failure;
+  try {
+    if (started_ && dispatch_) {
+      abort("closed in the middle of a dispatch");
+    } else if (started_ && !broken()) {
+      double begin = monotonic_s();
+      // What this rank owes is written and credited before it leaves (I13).
+      for (bool idle = !driver_; !idle && !broken() && monotonic_s() - begin < std::min(timeout_s, kDrainS);) {
+        if (!driver_->try_step()) sched_yield();
+        driver_->inspect([&](engine::Engine& engine) { idle = engine.idle() && descriptors_->empty(); });
       }
+      liveness_->goodbye(state_.call);
+      if (collective) close_together(timeout_s);
     }
-  } else if (started_ && dispatch_) {
-    abort("closed in the middle of a dispatch");
+    if (started_ && collective && broken() && !failure_raised_) check_open();
+  } catch (const StatusError& error) {
+    failure = error.status();
   }
-  bool failed = broken();
   closed_ = true;
   dispatch_.reset();
   if (driver_) driver_->stop();
-  if (!in_time && !failed) {
-    throw StatusError({StatusCode::kPeerTimeout, -1, -1, -1, -1,
-                       "close() is collective: not every rank closed within " + std::to_string(timeout_s) + " s"});
+  if (!failure.ok()) throw StatusError(failure);
+}
+
+// The others may still need this rank's progress, so the driver keeps running. Short waits let Ctrl-C through.
+void Group::close_together(double timeout_s) {
+  constexpr double kTurnS = 0.1;
+  double begin = monotonic_s();
+  while (!liveness_->wait_goodbyes(kTurnS) || !liveness_->missing_goodbye().ok()) {
+    if (liveness_->failed()) return;
+    if (interrupt_check_) interrupt_check_();
+    Status missing = liveness_->missing_goodbye();
+    bool late = monotonic_s() - begin > timeout_s;
+    if (missing.ok() || (missing.code != StatusCode::kPeerLost && !late)) continue;
+    std::ostringstream text;
+    text << missing.message << " in close() of rank " << config_.topology.rank << ", which is collective";
+    if (missing.code == StatusCode::kPeerTimeout) text << ": it did not close within " << timeout_s << " s";
+    missing.message = text.str();
+    return record(missing);
+  }
+  liveness_->farewell();
+  begin = monotonic_s();
+  while (!liveness_->wait_farewells(kTurnS)) {
+    if (liveness_->failed()) return;
+    if (interrupt_check_) interrupt_check_();
+    if (monotonic_s() - begin <= timeout_s + kFarewellS) continue;
+    return record({StatusCode::kPeerTimeout, -1, -1, -1, -1,
+                   "close() is collective: not every rank closed within " + std::to_string(timeout_s) + " s"});
   }
 }
 

@@ -76,8 +76,11 @@ class Group {
   Group& operator=(const Group&) = delete;
 
   std::string address() const;
-  void connect(const std::vector<std::string>& addresses);  // of all ranks, by rank
-  void start();  // after every rank has connected
+  void connect(const std::vector<std::string>& addresses);  // of all ranks, by rank: maps their memory
+  // Opens the control connections, after every rank has connected. `poll` is called while it waits and may throw.
+  void meet(const std::function<void()>& poll);
+  void start();  // after every rank has met its peers
+  void check() const;  // throws the first failure, if there is one
 
   // Called now and then by waiting loops; may throw (an interrupted interpreter).
   void set_interrupt_check(std::function<void()> check) { interrupt_check_ = std::move(check); }
@@ -87,7 +90,9 @@ class Group {
   void dispatch_finish(void* out, float* weights);
   void combine(const CombineRequest& request);
 
+  // Fails the group on every rank. The blame is on this rank, unless the caller knows better.
   void abort(const std::string& message);
+  void abort(const common::Status& status);
   // Drains; waits for the others when `collective`. Throws kPeerTimeout naming nobody's fault but the clock's.
   void close(bool collective, double timeout_s);
 
@@ -99,6 +104,9 @@ class Group {
   [[noreturn]] void fail(common::Status status);
   void record(const common::Status& status);
   void check_open();
+  bool peer_left(std::uint32_t rank, bool wait) const;
+  void check_departures(proto::Phase phase, std::int64_t epoch);
+  void close_together(double timeout_s);
   template <typename Call, typename Until>
   void run(Call& call, proto::Phase phase, const Until& until);
   void check_patience(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting, double idle_s,
@@ -131,7 +139,8 @@ class Group {
   DispatchRequest dispatch_request_;
   std::shared_ptr<kernels::Plan> dispatch_plan_;
   PhaseStats phase_stats_[proto::kNumPhases];
-  bool connected_ = false, started_ = false, closed_ = false;
+  std::vector<transport::Liveness::Peer> peers_;
+  bool connected_ = false, met_ = false, started_ = false, closed_ = false;
   std::atomic<bool> failed_{false};
   mutable std::mutex failure_mutex_;
   common::Status failure_;

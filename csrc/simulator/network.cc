@@ -20,7 +20,12 @@ Network::Network(const Profile& profile, const NetworkConfig& config, NetworkObs
       duplicate_(config.seed, Stream::kDuplicate), again_(config.seed, Stream::kAgain),
       poll_(config.seed, Stream::kPoll), fault_(config.seed, Stream::kFault, 1), tie_(config.seed, Stream::kTieBreak),
       regions_(config.num_ranks), endpoints_(std::size_t{config.num_ranks} * config.num_nics),
-      dead_(config.num_ranks, false), inflight_(config.num_ranks, 0) {}
+      dead_(config.num_ranks, false), inflight_(config.num_ranks, 0) {
+  Rng links(config.seed, Stream::kDelay, 1);
+  for (std::uint32_t i = 0; i < config.num_ranks * config.num_ranks; ++i) {
+    slow_links_.push_back(links.chance(profile.tail_links));
+  }
+}
 
 void Network::schedule(Kind kind, double delay_ns, std::uint64_t write, std::uint32_t offset, std::uint32_t bytes,
                        bool late) {
@@ -28,10 +33,11 @@ void Network::schedule(Kind kind, double delay_ns, std::uint64_t write, std::uin
   heap_.push({now_ns_ + static_cast<std::uint64_t>(delay_ns), tie, event_number_++, kind, write, offset, bytes, late});
 }
 
-double Network::piece_delay() {
+double Network::piece_delay(const SimWrite& write) {
   double delay = profile_.latency_ns;
   if (profile_.jitter_ns > 0) delay += delay_.exponential(profile_.jitter_ns);
-  if (delay_.chance(profile_.tail_probability)) delay += delay_.exponential(profile_.tail_ns);
+  bool slow = slow_links_[write.source_rank * config_.num_ranks + write.target_rank];
+  if (slow && delay_.chance(profile_.tail_probability)) delay += delay_.exponential(profile_.tail_ns);
   return delay;
 }
 
@@ -66,21 +72,18 @@ PostResult Network::post(std::uint32_t rank, std::uint32_t nic, const WriteReque
   ++inflight_[write.target_rank];
   inflight_high_water_ = std::max(inflight_high_water_, inflight_[write.target_rank]);
 
-  for (std::uint32_t offset = 0; offset < request.bytes; offset += profile_.mtu_bytes) {
+  // A write without payload is one empty piece.
+  for (std::uint32_t offset = 0; offset < std::max(request.bytes, 1u); offset += profile_.mtu_bytes) {
     std::uint32_t bytes = std::min(profile_.mtu_bytes, request.bytes - offset);
-    schedule(Kind::kPlace, piece_delay(), write.number, offset, bytes);
+    schedule(Kind::kPlace, piece_delay(write), write.number, offset, bytes);
     ++write.before_imm, ++write.before_done;
     if (!duplicate_.chance(profile_.duplicate_probability)) continue;
     bool late = profile_.late_duplicates && duplicate_.chance(0.7);
-    schedule(Kind::kPlace, piece_delay() * (late ? 4 : 1), write.number, offset, bytes, late);
+    schedule(Kind::kPlace, piece_delay(write) * (late ? 4 : 1), write.number, offset, bytes, late);
     ++write.before_done;
     if (!late) ++write.before_imm;
   }
   writes_.push_back(write);
-  if (request.bytes == 0) {
-    schedule(Kind::kImm, piece_delay(), write.number);
-    schedule(Kind::kDone, piece_delay() + delay_.exponential(profile_.ack_delay_ns), write.number);
-  }
   return PostResult::kPosted;
 }
 
@@ -92,9 +95,11 @@ void Network::place(const Event& event) {
     schedule(Kind::kError, kErrorDelayNs, write.number);
     return;
   }
-  std::memcpy(regions_[write.target_rank].data() + write.request.remote_offset + event.offset,
-              regions_[write.source_rank].data() + write.request.local_offset + event.offset, event.bytes);
-  observer_.piece_placed(write, event.offset);
+  if (event.bytes > 0) {
+    std::memcpy(regions_[write.target_rank].data() + write.request.remote_offset + event.offset,
+                regions_[write.source_rank].data() + write.request.local_offset + event.offset, event.bytes);
+    observer_.piece_placed(write, event.offset);
+  }
   if (!event.late && --write.before_imm == 0) {
     schedule(Kind::kImm, profile_.in_order ? 0 : delay_.exponential(profile_.imm_delay_ns), write.number);
   }
@@ -132,14 +137,11 @@ bool Network::step() {
         endpoint(write.target_rank, write.nic).deferred.push_back(event);
       } else {
         place(event);
+        return false;
       }
       break;
     case Kind::kImm: {
-      if (dead_[write.target_rank]) {
-        if (write.request.bytes == 0) write.lost = true;
-        break;
-      }
-      if (dead_[write.source_rank] && write.request.bytes == 0 && fault_.chance(0.5)) break;
+      if (dead_[write.target_rank]) break;
       Endpoint& to = endpoint(write.target_rank, write.nic);
       if (++to.inbound > config_.max_inbound) {
         throw Violation("I12: no receive is posted at rank " + std::to_string(write.target_rank) + " for immediate " +

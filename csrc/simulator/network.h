@@ -63,7 +63,7 @@ class Network {
   void kill(std::uint32_t rank) { dead_[rank] = true; }
   bool dead(std::uint32_t rank) const { return dead_[rank]; }
 
-  // Lets the next event happen. False when there is none.
+  // Lets the next event happen. True when some rank can see a difference.
   bool step();
   bool empty() const { return heap_.empty(); }
   // Nothing queued for anybody, nothing under way.
@@ -99,7 +99,7 @@ class Network {
 
   void schedule(Kind kind, double delay_ns, std::uint64_t write, std::uint32_t offset = 0, std::uint32_t bytes = 0,
                 bool late = false);
-  double piece_delay();
+  double piece_delay(const SimWrite& write);
   void place(const Event& event);
   void placements_done(SimWrite& write);
   void enqueue(Endpoint& endpoint, const QueueEntry& entry, const SimWrite& write);
@@ -112,6 +112,7 @@ class Network {
   std::vector<std::span<std::byte>> regions_;
   std::vector<Endpoint> endpoints_;
   std::vector<bool> dead_;
+  std::vector<bool> slow_links_;  // [source * ranks + target]
   std::deque<SimWrite> writes_;
   std::priority_queue<Event, std::vector<Event>, std::greater<>> heap_;
   std::vector<std::size_t> inflight_;  // by target: immediates posted and not yet polled

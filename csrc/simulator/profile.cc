@@ -33,12 +33,14 @@ Profile make_profile(const std::string& name, std::uint64_t seed) {
   } else if (name == "srd_harsh" || name == "srd_paranoid") {
     profile.mtu_bytes = rng.chance(0.7) ? 128 : 256;
     profile.jitter_ns = 30e3;
-    profile.tail_probability = 0.1;
-    profile.tail_ns = 1e6;
+    bool slow_path = rng.chance(0.3);  // on some links, one way, every second piece takes a path that hardly moves
+    profile.tail_probability = slow_path ? 0.5 : 0.1;
+    profile.tail_ns = slow_path ? 2e7 : 1e6;
+    profile.tail_links = slow_path ? 0.4 : 1;
     profile.imm_delay_ns = rng.chance(0.5) ? 1000 : 50e3;
     profile.ack_delay_ns = rng.chance(0.5) ? 8000 : 1e6;
     profile.duplicate_probability = 0.1;
-    profile.send_queue_depth = rng.between(1, 8);
+    if (!slow_path) profile.send_queue_depth = rng.between(1, 8);
     profile.events_per_poll = rng.between(1, 2);
     if (name == "srd_paranoid") {
       profile.late_duplicates = true;
@@ -46,7 +48,7 @@ Profile make_profile(const std::string& name, std::uint64_t seed) {
     }
   } else if (name == "again_storm") {
     profile.again_probability = 0.2;
-    profile.again_burst = rng.chance(0.2) ? 1000 : 30;
+    profile.again_burst = rng.chance(0.1) ? 300 : 20;
     profile.send_queue_depth = rng.between(1, 3);
     profile.events_per_poll = 1;
   } else if (name == "peer_loss") {

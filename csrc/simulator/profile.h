@@ -15,6 +15,7 @@ struct Profile {
   double jitter_ns = 0;               // mean of an exponential, per piece
   double tail_probability = 0;        // of a delay longer by an exponential of mean tail_ns
   double tail_ns = 0;
+  double tail_links = 1;              // share of directed pairs of ranks that have this tail
   double imm_delay_ns = 200;          // from the last piece to the immediate, mean
   double ack_delay_ns = 8000;         // from the last placement to the local completion, mean
   double duplicate_probability = 0;   // of a piece

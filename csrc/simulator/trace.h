@@ -12,10 +12,12 @@ class Trace {
  public:
   explicit Trace(std::size_t lines) : lines_(lines == 0 ? 1 : lines) {}
 
+  void set_time(std::uint64_t time_ns) { time_ns_ = time_ns; }
+
   // `what` is a literal; numbers that are not negative follow it.
-  void add(std::uint64_t time_ns, std::uint32_t rank, const char* what, std::int64_t a = -1, std::int64_t b = -1,
+  void add(std::uint32_t rank, const char* what, std::int64_t a = -1, std::int64_t b = -1,
            std::int64_t c = -1) {
-    lines_[next_++ % lines_.size()] = {time_ns, rank, what, a, b, c};
+    lines_[next_++ % lines_.size()] = {time_ns_, rank, what, a, b, c};
   }
 
   std::string text() const {
@@ -40,7 +42,7 @@ class Trace {
     std::int64_t a, b, c;
   };
   std::vector<Line> lines_;
-  std::uint64_t next_ = 0;
+  std::uint64_t next_ = 0, time_ns_ = 0;
 };
 
 }  // namespace moe_efa::simulator

@@ -80,6 +80,12 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
   bool many_epochs = rng.chance(0.06);
   std::uint32_t calls = many_epochs ? rng.between(85, 100) : rng.between(2, 12);
   std::uint32_t most_tokens = many_epochs ? 2 : rng.between(1, num_ranks > 8 ? 10 : 24);
+  if (!many_epochs && num_ranks <= 4 && rng.chance(0.06)) {  // long streams through few slots
+    calls = rng.between(2, 4);
+    most_tokens = 300;
+    layout.chunk_rows = 1;
+    layout.slots = rng.between(1, 4);
+  }
   for (std::uint32_t rank = 0; rank < num_ranks; ++rank) world.pace.push_back(rng.chance(0.15) ? 0.05 : 1.0);
   world.event_share = rng.chance(0.3) ? 0.1 : rng.uniform() * 0.8;
   if (rng.chance(0.5)) {

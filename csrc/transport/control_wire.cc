@@ -76,6 +76,18 @@ std::string encode_abort(const common::Status& status) {
   return frame_of(ControlType::kAbort, payload + status.message.substr(0, kMaxAbortText));
 }
 
+std::string encode_heartbeat(std::int32_t suspect) {
+  std::string payload;
+  put(payload, suspect);
+  return frame_of(ControlType::kHeartbeat, payload);
+}
+
+std::string encode_goodbye(std::uint64_t progress) {
+  std::string payload;
+  put(payload, progress);
+  return frame_of(ControlType::kGoodbye, payload);
+}
+
 std::string encode_empty(ControlType type) { return frame_of(type, {}); }
 
 FrameResult take_frame(std::string& buffer, ControlFrame& frame) {
@@ -84,7 +96,7 @@ FrameResult take_frame(std::string& buffer, ControlFrame& frame) {
   std::uint16_t length;
   std::memcpy(&length, buffer.data() + 2, sizeof length);
   bool known = type >= static_cast<std::uint8_t>(ControlType::kHello) &&
-               type <= static_cast<std::uint8_t>(ControlType::kGoodbye);
+               type <= static_cast<std::uint8_t>(ControlType::kFarewell);
   if (!known || buffer[1] != 0 || length > kMaxControlPayload) return FrameResult::kMalformed;
   if (buffer.size() < kFrameHeaderBytes + length) return FrameResult::kPartial;
   frame.type = static_cast<ControlType>(type);
@@ -120,6 +132,20 @@ bool decode_abort(const std::string& payload, common::Status& status) {
                   [](unsigned char c) { return (c < 0x20 && c != '\n') || c > 0x7e; }, '?');
   return known && valid_rank(status.rank) && valid_phase(status.phase) && status.epoch >= -1 && status.chunk >= -1 &&
          status.message.size() <= kMaxAbortText;
+}
+
+bool decode_heartbeat(const std::string& payload, std::int32_t& suspect) {
+  suspect = -1;
+  if (payload.empty()) return true;
+  Reader reader(payload);
+  suspect = reader.get<std::int32_t>();
+  return reader.ok() && reader.rest().empty() && valid_rank(suspect);
+}
+
+bool decode_goodbye(const std::string& payload, std::uint64_t& progress) {
+  Reader reader(payload);
+  progress = reader.get<std::uint64_t>();
+  return reader.ok() && reader.rest().empty();
 }
 
 }  // namespace moe_efa::transport

@@ -6,7 +6,6 @@
 #if MOE_EFA_HAVE_LIBFABRIC
 #include <dlfcn.h>
 #include <rdma/fi_errno.h>
-#include <signal.h>
 #include <sys/stat.h>
 
 #include <cstdlib>
@@ -32,29 +31,6 @@ namespace {
 using common::Status;
 using common::StatusCode;
 using common::StatusError;
-
-// Providers' support libraries install crash handlers when loaded (PSM does, over SIGINT too, which would take
-// KeyboardInterrupt away from Python).
-class SignalGuard {
- public:
-  SignalGuard() {
-    for (int i = 0; i < kCount; ++i) saved_[i] = ::sigaction(kSignals[i], nullptr, &actions_[i]) == 0;
-  }
-  ~SignalGuard() {
-    for (int i = 0; i < kCount; ++i) {
-      if (saved_[i]) ::sigaction(kSignals[i], &actions_[i], nullptr);
-    }
-  }
-  SignalGuard(const SignalGuard&) = delete;
-  SignalGuard& operator=(const SignalGuard&) = delete;
-
- private:
-  static constexpr int kSignals[] = {SIGHUP, SIGINT, SIGQUIT, SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV,
-                                     SIGPIPE, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD};
-  static constexpr int kCount = sizeof(kSignals) / sizeof(kSignals[0]);
-  struct sigaction actions_[kCount];
-  bool saved_[kCount];
-};
 
 // FI_PROVIDER_PATH for the duration of one call, unless the user has set it.
 class ProviderPathGuard {
@@ -127,6 +103,16 @@ std::mutex g_mutex;
 const LibfabricApi* g_api = nullptr;  // never freed: providers' threads may outlive static destruction
 
 }  // namespace
+
+SignalGuard::SignalGuard() {
+  for (std::size_t i = 0; i < kCount; ++i) saved_[i] = ::sigaction(kSignals[i], nullptr, &actions_[i]) == 0;
+}
+
+SignalGuard::~SignalGuard() {
+  for (std::size_t i = 0; i < kCount; ++i) {
+    if (saved_[i]) ::sigaction(kSignals[i], &actions_[i], nullptr);
+  }
+}
 
 int LibfabricApi::getinfo(const char* node, std::uint64_t flags, const fi_info* hints, fi_info** out) const {
   std::lock_guard<std::mutex> lock(g_mutex);  // the guards below change process-wide state

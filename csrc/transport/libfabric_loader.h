@@ -13,7 +13,9 @@
 
 #if MOE_EFA_HAVE_LIBFABRIC
 #include <rdma/fabric.h>
+#include <signal.h>
 
+#include <cstddef>
 #include <sstream>
 #endif
 
@@ -43,6 +45,23 @@ LibfabricInfo libfabric_info(const LibfabricSearch& search);
 
 #if MOE_EFA_HAVE_LIBFABRIC
 
+// Puts the process's signal handlers back. Providers and their support libraries install their own while they load
+// (PSM) or open (shm), over SIGINT too, which would take KeyboardInterrupt away from Python.
+class SignalGuard {
+ public:
+  SignalGuard();
+  ~SignalGuard();
+  SignalGuard(const SignalGuard&) = delete;
+  SignalGuard& operator=(const SignalGuard&) = delete;
+
+ private:
+  static constexpr int kSignals[] = {SIGHUP,  SIGINT,  SIGQUIT, SIGILL,  SIGTRAP, SIGABRT, SIGBUS,
+                                     SIGFPE,  SIGSEGV, SIGPIPE, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD};
+  static constexpr std::size_t kCount = sizeof(kSignals) / sizeof(kSignals[0]);
+  struct sigaction actions_[kCount];
+  bool saved_[kCount];
+};
+
 // The symbols that libfabric exports; everything else in its headers is an inline call through an object.
 struct LibfabricApi {
   decltype(&::fi_freeinfo) freeinfo = nullptr;
@@ -52,7 +71,7 @@ struct LibfabricApi {
   std::uint32_t version = 0;  // FI_VERSION(major, minor) of the library
   std::string path;
 
-  // fi_getinfo, with the process's signal handlers put back: provider libraries install their own.
+  // fi_getinfo under a SignalGuard, with FI_PROVIDER_PATH set if need be.
   int getinfo(const char* node, std::uint64_t flags, const fi_info* hints, fi_info** out) const;
   std::string version_text() const;
 

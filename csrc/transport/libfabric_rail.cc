@@ -179,6 +179,7 @@ LibfabricRail::~LibfabricRail() {
 }
 
 void LibfabricRail::open(const LibfabricRailConfig& config) {
+  SignalGuard signals;
   fi_info* info = choice_.info.get();
   if (info->domain_attr->cq_data_size < sizeof(std::uint32_t)) {
     throw_status(StatusCode::kConfig, where() + ": immediates of " + std::to_string(info->domain_attr->cq_data_size) +
@@ -230,7 +231,7 @@ void LibfabricRail::open(const LibfabricRailConfig& config) {
     operation.is_write = true;
     free_writes_.push_back(&operation);
   }
-  if ((info->mode & FI_RX_CQ_DATA) != 0) {  // every immediate consumes a receive
+  if (((info->mode | info->rx_attr->mode) & FI_RX_CQ_DATA) != 0) {  // every immediate consumes a receive
     scratch_memory_ = register_memory(scratch_, kScratchBytes, FI_RECV, kScratchKey);
     receives_.resize(std::min<std::size_t>(config.max_remote_events, info->rx_attr->size));
     for (Operation& operation : receives_) {

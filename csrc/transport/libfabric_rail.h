@@ -1,4 +1,4 @@
-// LibfabricRail: one libfabric endpoint (efa, tcp, verbs, shm) as a Rail. It registers the region once, writes with a
+// LibfabricRail: one libfabric endpoint (efa, tcp, verbs) as a Rail. It registers the region once, writes with a
 // 32-bit immediate, and keeps at most max_outstanding writes in flight whatever the provider would accept. Knows
 // nothing of the protocol, and judges neither deadlines nor liveness: no provider reports a peer's death reliably.
 #pragma once
@@ -16,7 +16,7 @@ namespace moe_efa::transport {
 
 struct LibfabricRailConfig {
   LibfabricSearch search;
-  std::string provider;            // "efa", "efa-direct", "tcp", "verbs", "shm", or a name as fi_info prints it;
+  std::string provider;            // "efa", "efa-direct", "tcp", "verbs", or a name as fi_info prints it;
                                    // empty: efa where there is a device, else tcp
   std::byte* region = nullptr;     // stays mapped until the rail is destroyed
   std::uint64_t region_bytes = 0;

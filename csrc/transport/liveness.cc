@@ -18,6 +18,7 @@ namespace {
 constexpr std::chrono::milliseconds kFlushDeadline{200};
 constexpr double kMaxSeconds = 1e8;
 constexpr std::size_t kMaxNamed = 8;
+constexpr std::chrono::milliseconds kPollEvery{100};
 
 std::chrono::steady_clock::duration to_duration(double seconds) {
   double bounded = std::clamp(std::isnan(seconds) ? 0.0 : seconds, 0.0, kMaxSeconds);
@@ -75,7 +76,7 @@ Liveness::~Liveness() {
   ::close(wake_fd_);
 }
 
-void Liveness::connect(const std::vector<Peer>& peers, double timeout_s) {
+void Liveness::connect(const std::vector<Peer>& peers, double timeout_s, const std::function<void()>& poll) {
   auto now = Clock::now();
   auto deadline = now + to_duration(timeout_s);
   std::vector<Link> links;
@@ -103,7 +104,16 @@ void Liveness::connect(const std::vector<Peer>& peers, double timeout_s) {
     BlockSignals block;  // inherited by the thread
     thread_ = std::thread(&Liveness::run, this);
   }
-  changed_.wait_until(lock, deadline, [this] { return failed() || all_up(); });
+  auto met = [this] { return failed() || all_up(); };
+  if (poll) {
+    while (!changed_.wait_until(lock, std::min(deadline, Clock::now() + kPollEvery), met) && Clock::now() < deadline) {
+      lock.unlock();  // it may call us
+      poll();
+      lock.lock();
+    }
+  } else {
+    changed_.wait_until(lock, deadline, met);
+  }
   if (!failed() && !all_up()) {
     record(missing_peers(timeout_s), nullptr);  // those that we did reach must not wait for a group that will not be
     wait_flushed(lock);
@@ -148,19 +158,79 @@ void Liveness::abort(const common::Status& status) {
   wait_flushed(lock);
 }
 
-void Liveness::goodbye() {
+void Liveness::goodbye(std::uint64_t progress) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (departed_) return;
   departed_ = true;
+  progress_ = progress;
   for (Link& link : links_) {
-    if (link.state == LinkState::kUp) send(link, encode_empty(ControlType::kGoodbye));
+    if (link.state == LinkState::kUp) send(link, encode_goodbye(progress_));
   }
 }
 
-bool Liveness::peer_said_goodbye(int rank) const {
+std::optional<std::uint64_t> Liveness::goodbye_of(int rank) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return std::any_of(links_.begin(), links_.end(),
-                     [rank](const Link& link) { return link.peer.rank == rank && link.said_goodbye; });
+  for (const Link& link : links_) {
+    if (link.peer.rank == rank && link.said_goodbye) return link.progress;
+  }
+  return std::nullopt;
+}
+
+common::Status Liveness::missing_goodbye() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto now = Clock::now();
+  common::Status missing;
+  for (const Link& link : links_) {
+    if (link.said_goodbye) continue;
+    std::string name = "rank " + std::to_string(link.peer.rank);
+    bool gone = link.state == LinkState::kGone;
+    if (gone || now - link.last_heard > timeout_) {
+      return {common::StatusCode::kPeerLost, link.peer.rank, -1, -1, -1,
+              name + (gone ? " died (control connection closed)" : " fell silent")};
+    }
+    if (missing.ok()) missing = {common::StatusCode::kPeerTimeout, link.peer.rank, -1, -1, -1, name + " is missing"};
+  }
+  return missing;
+}
+
+void Liveness::farewell() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (said_farewell_) return;
+  said_farewell_ = true;
+  for (Link& link : links_) {
+    if (link.state == LinkState::kUp) send(link, encode_empty(ControlType::kFarewell));
+  }
+}
+
+bool Liveness::wait_farewells(double timeout_s) {
+  auto all_said = [this] {
+    return std::all_of(links_.begin(), links_.end(),
+                       [](const Link& link) { return link.said_farewell || link.state == LinkState::kGone; });
+  };
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait_until(lock, Clock::now() + to_duration(timeout_s), [&] { return failed() || all_said(); });
+  return all_said();
+}
+
+int Liveness::silent_peer(Clock::time_point now) const {
+  for (const Link& link : links_) {
+    // Two heartbeats are missing, and half of one for delays.
+    if (link.state == LinkState::kUp && !link.said_goodbye && 2 * (now - link.last_heard) > 5 * interval_) {
+      return link.peer.rank;
+    }
+  }
+  return -1;
+}
+
+int Liveness::suspect() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (int rank = silent_peer(Clock::now()); rank >= 0) return rank;
+  for (const Link& link : links_) {
+    bool heard_here = std::any_of(links_.begin(), links_.end(),
+                                  [&](const Link& other) { return other.peer.rank == link.suspect; });
+    if (link.suspect >= 0 && link.suspect != config_.rank && !heard_here) return link.suspect;
+  }
+  return -1;
 }
 
 bool Liveness::wait_goodbyes(double timeout_s) {

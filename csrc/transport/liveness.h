@@ -9,7 +9,9 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -42,9 +44,10 @@ class Liveness {
 
   std::uint16_t port() const { return port_; }
 
-  // Once. Dials the peers of greater rank and accepts the others; returns when all are authenticated. Throws the first
+  // Once. `poll` is called ten times a second while it waits and may throw.
+  // Dials the peers of greater rank and accepts the others; returns when all are authenticated. Throws the first
   // failure: kPeerTimeout (or kConfig, when a peer turned us away) naming a missing rank, kPeerLost, or a peer's abort.
-  void connect(const std::vector<Peer>& peers, double timeout_s);
+  void connect(const std::vector<Peer>& peers, double timeout_s, const std::function<void()>& poll = {});
 
   // Lock-free, for hot wait loops.
   bool failed() const {
@@ -58,10 +61,23 @@ class Liveness {
   void abort(const common::Status& status);
 
   // Says that this rank needs its peers no more: from now on their silence and EOF are normal, as is ours to them.
-  void goodbye();
-  bool peer_said_goodbye(int rank) const;
+  // `progress` is for the peers: how far the caller came.
+  void goodbye(std::uint64_t progress = 0);
+  bool peer_said_goodbye(int rank) const { return goodbye_of(rank).has_value(); }
+  std::optional<std::uint64_t> goodbye_of(int rank) const;  // the progress that the peer left with
+  bool any_goodbye() const { return any_goodbye_.load(std::memory_order_relaxed); }  // lock-free
   // True when every peer said goodbye or is gone; false on timeout, or at once after a failure.
   bool wait_goodbyes(double timeout_s);
+  // Whose goodbye is missing, and why: kPeerLost where it died or has been silent for too long, else kPeerTimeout; ok()
+  // where none is. For a caller who has said goodbye and wants theirs.
+  common::Status missing_goodbye() const;
+  // Says that every peer's goodbye is here; wait_farewells() is true when every peer has said so or is gone. In a grid
+  // of nodes and rails, where a path has at most two steps, it means that every rank has said goodbye.
+  void farewell();
+  bool wait_farewells(double timeout_s);
+
+  // A rank that has been silent for long, though not long enough to be lost: as heard here, or by a peer; -1 if none.
+  int suspect() const;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -75,7 +91,9 @@ class Liveness {
     LinkState state = LinkState::kIdle;
     int fd = -1;
     bool broken = false;  // a send failed; what the peer sent before is still read
-    bool said_goodbye = false;
+    bool said_goodbye = false, said_farewell = false;
+    std::uint64_t progress = 0;  // with its goodbye
+    int suspect = -1;            // with its last heartbeat
     bool turned_away = false;
     std::string in, out, trouble;
     Clock::time_point last_heard, retry_at, dial_deadline;
@@ -107,6 +125,7 @@ class Liveness {
   void record(const common::Status& status, const Link* source);
   void send(Link& link, const std::string& bytes);
   void flush(Link& link);
+  int silent_peer(Clock::time_point now) const;
   bool all_up() const { return num_up_ == links_.size(); }
   bool all_flushed() const;
   void wait_flushed(std::unique_lock<std::mutex>& lock);
@@ -130,10 +149,12 @@ class Liveness {
   common::Status failure_;
   bool connect_called_ = false;
   bool departed_ = false;  // goodbye() was called
+  bool said_farewell_ = false;
+  std::uint64_t progress_ = 0;
   bool stopping_ = false;
   Clock::time_point next_beat_, last_wake_, accept_after_;
 
-  std::atomic<bool> failed_{false};
+  std::atomic<bool> failed_{false}, any_goodbye_{false};
   std::thread thread_;
 };
 

@@ -214,9 +214,12 @@ void Liveness::take_frames(Link& link, Clock::time_point now) {
     common::Status status;
     if (valid && frame.type == ControlType::kAbort && decode_abort(frame.payload, status)) {
       record(status, &link);
-    } else if (valid && frame.type == ControlType::kGoodbye) {
+    } else if (valid && frame.type == ControlType::kGoodbye && decode_goodbye(frame.payload, link.progress)) {
       link.said_goodbye = true;
-    } else if (!valid || frame.type != ControlType::kHeartbeat) {
+      any_goodbye_.store(true, std::memory_order_relaxed);
+    } else if (valid && frame.type == ControlType::kFarewell) {
+      link.said_farewell = true;
+    } else if (!valid || frame.type != ControlType::kHeartbeat || !decode_heartbeat(frame.payload, link.suspect)) {
       record({common::StatusCode::kProtocol, link.peer.rank, -1, -1, -1,
               "rank " + std::to_string(link.peer.rank) + " sent a malformed control message"}, nullptr);
       return end(link, "given up", now);
@@ -245,16 +248,17 @@ void Liveness::bring_up(Link& link, Clock::time_point now) {
   ++num_up_;
   if (accepted) send(link, encode_hello({kControlVersion, config_.rank, config_.job_key}));
   if (failed()) send(link, encode_abort(failure_));
-  if (departed_) send(link, encode_empty(ControlType::kGoodbye));
+  if (departed_) send(link, encode_goodbye(progress_));
   if (accepted) take_frames(link, now);  // what came with its greeting
 }
 
 void Liveness::beat(Clock::time_point now) {
   if (now < next_beat_) return;
   next_beat_ = now + interval_;
+  std::string bytes = encode_heartbeat(silent_peer(now));
   for (Link& link : links_) {
     // Unsent bytes say that we live as soon as they arrive; more of them would only fill our memory.
-    if (link.state == LinkState::kUp && link.out.empty()) send(link, encode_empty(ControlType::kHeartbeat));
+    if (link.state == LinkState::kUp && link.out.empty()) send(link, bytes);
   }
 }
 

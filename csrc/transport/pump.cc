@@ -53,6 +53,8 @@ bool Pump::poll_rails() {
           engine_.on_begun(phase, load_acquire(view_.own_word(view_.layout.begun(phase))));
         }
         engine_.on_remote_imm(event.imm, event.bytes);
+      } else if (event.peer_node >= 0 && peer_left(static_cast<std::uint32_t>(event.peer_node), true)) {
+        engine_.on_write_done(event.id);
       } else {
         int rank = event.peer_node < 0
                        ? -1
@@ -84,6 +86,31 @@ void Pump::read_releases() {
   }
 }
 
+bool Pump::peer_left(std::uint32_t node, bool wait) const {
+  return config_.peer_left && config_.peer_left(view_.topology.rail_peer(node), wait);
+}
+
+bool Pump::post(const engine::Write& write) {
+  bool delivered = peer_left(write.peer_node, false);
+  if (!delivered) {
+    WriteRequest request{write.peer_node, write.bytes, write.local_offset, write.remote_offset, write.imm, write.id};
+    try {
+      if (rails_[write.nic]->post_write(request) == PostResult::kAgain) return false;
+    } catch (const common::StatusError& error) {
+      common::Status status = error.status();
+      if (status.code != common::StatusCode::kTransport) throw;
+      if (!peer_left(write.peer_node, true)) {
+        status.rank = static_cast<int>(view_.topology.rail_peer(write.peer_node));
+        throw common::StatusError(status);
+      }
+      delivered = true;
+    }
+  }
+  engine_.on_posted(write);
+  if (delivered) engine_.on_write_done(write.id);
+  return true;
+}
+
 bool Pump::post_writes(double now_s) {
   bool any = false;
   engine_.resume_nics();
@@ -91,10 +118,7 @@ bool Pump::post_writes(double now_s) {
   while (posted < config_.writes_per_step) {
     std::optional<engine::Write> write = engine_.next_write();
     if (!write) break;
-    WriteRequest request{write->peer_node, write->bytes, write->local_offset, write->remote_offset, write->imm,
-                         write->id};
-    if (rails_[write->nic]->post_write(request) == PostResult::kPosted) {
-      engine_.on_posted(*write);
+    if (post(*write)) {
       any = true;
       ++posted;
     } else {

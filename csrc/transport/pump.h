@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "engine/descriptor_ring.h"
@@ -15,6 +16,9 @@ namespace moe_efa::transport {
 struct PumpConfig {
   std::size_t events_per_poll = 16;
   std::size_t writes_per_step = 32;
+  // Has this rank left in order? It needs nothing more, so what a rail cannot bring it counts as delivered. With
+  // `wait`, after an error of the rail, a verdict that is on its way is waited for.
+  std::function<bool(std::uint32_t rank, bool wait)> peer_left;
   double post_timeout_s = 600.0;  // a write that no rail accepts for so long fails its peer (I5)
 };
 
@@ -31,6 +35,8 @@ class Pump {
   bool poll_rails();
   void read_releases();
   bool post_writes(double now_s);
+  bool peer_left(std::uint32_t node, bool wait) const;
+  bool post(const engine::Write& write);
   void apply_actions();
 
   engine::Engine& engine_;

@@ -325,6 +325,7 @@ Waiting DispatchCall::waiting() const {
   for (std::uint32_t local = 0; local < view.topology.node_size; ++local) {
     for (std::uint32_t node = 0; node < view.topology.num_nodes(); ++node) {
       const Ring& ring = rings_[ring_index(local, node)];
+      if (view.topology.rank_of(node, local) == view.topology.rank) continue;  // it waits for a credit: see below
       if (output_set_ && ring.head < ring.facts.num_chunks) {
         return {static_cast<int>(view.topology.rank_of(node, local)),
                 static_cast<std::int64_t>(ring.first_seq + ring.head), "for a chunk"};

@@ -1,0 +1,361 @@
+#include "simulator/world.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+
+#include "kernels/cpu/plan.h"
+
+namespace moe_efa::simulator {
+
+using kernels::cpu::CombineCall;
+using kernels::cpu::DispatchCall;
+using proto::Phase;
+
+namespace {
+
+constexpr std::uint64_t kMostTurns = 20'000'000;
+constexpr std::uint64_t kAlign = 128;
+constexpr std::uint64_t kLookAnyway = 16;  // every so many turns the oracle looks even where nothing is said to have moved
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
+}  // namespace
+
+struct World::RankWorld {
+  proto::Topology topology;
+  proto::NodeView view;
+  std::unique_ptr<engine::Engine> engine;
+  std::vector<std::unique_ptr<SrdRail>> rails;
+  std::unique_ptr<engine::DescriptorRing> descriptors;
+  std::unique_ptr<transport::Pump> pump;
+  std::unique_ptr<kernels::RankState> state;
+
+  std::size_t next_call = 0;  // of the script; the one in progress when a call is set
+  std::unique_ptr<DispatchCall> dispatch;
+  std::unique_ptr<CombineCall> combine;
+  std::vector<std::shared_ptr<kernels::Plan>> plans;
+  // The user's tensors of the call in progress, each its own allocation (I10).
+  std::vector<std::byte> input, output;
+  std::vector<float> weights, weight_grads, out_weights, out_grads;
+  bool output_given = false;
+
+  bool in_call() const { return dispatch != nullptr || combine != nullptr; }
+};
+
+World::~World() = default;
+
+World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks, std::size_t trace_lines)
+    : work_(make_workload(seed, num_ranks)), profile_(profile), trace_(trace_lines), reference_(work_),
+      schedule_(seed, Stream::kSchedule) {
+  std::uint64_t bytes = proto::RegionLayout(work_.layout, 0).total_bytes();
+  std::uint64_t flag_bytes = proto::RegionLayout(work_.layout, 0).flag_bytes();
+  for (std::uint32_t rank = 0; rank < work_.num_ranks; ++rank) {
+    memory_.emplace_back(bytes + kAlign, std::byte{0xEE});
+    auto address = reinterpret_cast<std::uintptr_t>(memory_.back().data());
+    std::byte* base = memory_.back().data() + (kAlign - address % kAlign) % kAlign;
+    std::memset(base, 0, flag_bytes);
+    regions_.emplace_back(base, bytes);
+    region_pointers_.push_back(base);
+  }
+  oracle_ = std::make_unique<Oracle>(work_, profile_, regions_, trace_);
+  NetworkConfig config;
+  config.num_ranks = work_.num_ranks;
+  config.node_size = work_.node_size;
+  config.num_nics = work_.num_nics;
+  config.seed = seed;
+  config.max_inbound = engine::max_inbound_events(work_.layout);
+  config.completion_queue = config.max_inbound + std::min(work_.max_writes_per_nic, profile_.send_queue_depth);
+  network_ = std::make_unique<Network>(profile_, config, *oracle_);
+
+  for (std::uint32_t r = 0; r < work_.num_ranks; ++r) {
+    auto& rank = *ranks_.emplace_back(std::make_unique<RankWorld>());
+    rank.topology = {work_.num_ranks, work_.node_size, r};
+    std::uint32_t node = rank.topology.node();
+    rank.view = {rank.topology, proto::RegionLayout(work_.layout, node),
+                 region_pointers_.data() + std::size_t{node} * work_.node_size};
+    network_->attach(r, regions_[r]);
+    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{
+        rank.topology, work_.layout, work_.num_nics, work_.max_writes_per_nic, regions_[r].data()});
+    std::vector<transport::Rail*> rails;
+    for (std::uint32_t nic = 0; nic < work_.num_nics; ++nic) {
+      rails.push_back(rank.rails.emplace_back(std::make_unique<SrdRail>(*network_, r, nic)).get());
+    }
+    rank.descriptors = std::make_unique<engine::DescriptorRing>(
+        proto::kNumPhases * std::size_t{work_.num_nodes() - 1} * (work_.layout.slots + 2));
+    transport::PumpConfig pump;
+    pump.writes_per_step = work_.writes_per_step;
+    rank.pump = std::make_unique<transport::Pump>(*rank.engine, rank.view, rails, *rank.descriptors, pump);
+    rank.state = std::make_unique<kernels::RankState>(rank.topology);
+    rank.engine->on_hello_wanted();
+    pace_sums_.push_back((r == 0 ? 0.0 : pace_sums_.back()) + work_.pace[r]);
+    if (work_.pause_probability > 0 && schedule_.chance(work_.pause_probability)) {
+      oracle_->set_asleep(r);
+      network_->wake_later(r, schedule_.exponential(work_.pause_ns));
+    }
+  }
+  if (profile_.lose_peer) {
+    Rng fault(seed, Stream::kFault);
+    victim_ = static_cast<std::uint32_t>(fault.below(work_.num_ranks));
+    // Early as often as late.
+    death_turn_ = static_cast<std::uint64_t>(std::exp(fault.uniform() * std::log(2000.0 * work_.num_ranks)));
+  }
+}
+
+std::uint64_t World::epochs() const {
+  std::uint64_t most = 0;
+  for (const auto& rank : ranks_) most = std::max(most, rank->state->epoch[0] + rank->state->epoch[1]);
+  return most;
+}
+
+bool World::finished() const {
+  return std::all_of(ranks_.begin(), ranks_.end(), [&](const auto& rank) {
+    return rank->next_call == work_.script.size() || network_->dead(rank->topology.rank);
+  });
+}
+
+bool World::pump_step(std::uint32_t r) {
+  RankWorld& rank = *ranks_[r];
+  if (network_->dead(r) || work_.num_nodes() == 1) return false;
+  bool moved = rank.pump->step(static_cast<double>(network_->now_ns()) * 1e-9);
+  if (moved || turns_ % kLookAnyway == 0) oracle_->after_pump(r);
+  if (rank.engine->failed() && !profile_.lose_peer && oracle_->forged_target() != static_cast<std::int64_t>(r)) {
+    throw Violation("engine of rank " + std::to_string(r) + " failed: " + rank.engine->failure().message);
+  }
+  return moved;
+}
+
+bool World::caller_step(std::uint32_t r) {
+  RankWorld& rank = *ranks_[r];
+  if (network_->dead(r) || rank.engine->failed() || oracle_->asleep(r)) return false;
+  if (rank.next_call == work_.script.size()) return false;
+  if (!rank.in_call()) {
+    if (!rank.engine->all_hellos()) return false;
+    start_call(rank);
+    return true;
+  }
+  bool moved = false;
+  if (rank.dispatch) {
+    moved = rank.dispatch->step();
+    if (moved || turns_ % kLookAnyway == 0) oracle_->after_caller(r);
+    if (rank.dispatch->sizes_known() && !rank.output_given) {
+      oracle_->check_counts_ready(r, Phase::kDispatch, rank.dispatch->epoch());
+      const kernels::Plan& plan = *rank.plans[work_.script[rank.next_call].plan];
+      const ScriptCall& call = work_.script[rank.next_call];
+      auto rows = static_cast<std::size_t>(plan.rows());
+      rank.output.assign(rows * work_.layout.hidden_size * proto::dtype_bytes(call.user_dtype), std::byte{0xCD});
+      rank.out_weights.assign(rows, -12345.0f);
+      bool replay = call.kind == ScriptCall::Kind::kReplay;
+      rank.dispatch->set_output({rank.output.data(), replay ? nullptr : rank.out_weights.data()});
+      rank.output_given = moved = true;
+    }
+    if (!rank.dispatch->done()) return moved;
+  } else {
+    moved = rank.combine->step();
+    if (moved || turns_ % kLookAnyway == 0) oracle_->after_caller(r);
+    if (!rank.combine->done()) return moved;
+  }
+  finish_call(rank);
+  return true;
+}
+
+void World::start_call(RankWorld& rank) {
+  const ScriptCall& call = work_.script[rank.next_call];
+  std::uint32_t r = rank.topology.rank;
+  const Routing& routing = work_.routing(call, r);
+  kernels::CallContext context{rank.view, *rank.state, work_.num_nodes() > 1 ? rank.descriptors.get() : nullptr,
+                               executor_, work_.num_nics};
+  trace_.add(r, "enters call", static_cast<std::int64_t>(rank.next_call));
+  if (call.kind == ScriptCall::Kind::kCombine) {
+    Reference::CombineInput input = reference_.combine_input(rank.next_call, r);
+    rank.input = std::move(input.y);
+    rank.weights = std::move(input.weights);
+    rank.weight_grads = std::move(input.weight_grads);
+    rank.output.assign(std::size_t{routing.num_tokens} * work_.layout.hidden_size * proto::dtype_bytes(call.user_dtype),
+                       std::byte{0xCD});
+    rank.out_grads.assign(std::size_t{routing.num_tokens} * work_.layout.top_k, -12345.0f);
+    // A rank without rows still takes part: its pointers must not decide what the call is.
+    static const float kNone = 0;
+    kernels::CombineArgs args;
+    args.y = rank.input.data();
+    args.y_dtype = call.user_dtype;
+    args.wire_dtype = call.wire_dtype;
+    args.plan = rank.plans[call.plan];
+    if (call.weighted) args.weights = rank.weights.empty() ? &kNone : rank.weights.data();
+    if (call.weight_grads) args.weight_grads = rank.weight_grads.empty() ? &kNone : rank.weight_grads.data();
+    args.out = rank.output.data();
+    args.topk_weight_grads = call.weight_grads ? rank.out_grads.data() : nullptr;
+    rank.combine = std::make_unique<CombineCall>(context, args);
+    return;
+  }
+  if (call.kind == ScriptCall::Kind::kDispatch) {
+    kernels::cpu::PlanArgs plan;
+    plan.topk_idx = routing.topk_idx.data();
+    plan.topk_weights = routing.topk_weights.data();
+    plan.num_tokens = routing.num_tokens;
+    plan.expert_alignment = work_.expert_alignment;
+    plan.num_nics = work_.num_nics;
+    rank.plans.push_back(kernels::cpu::build_send_plan(plan, rank.view));
+  }
+  rank.input = random_rows(work_.seed, rank.next_call, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
+  rank.output_given = false;
+  kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype, rank.plans[call.plan]};
+  rank.dispatch = std::make_unique<DispatchCall>(context, args);
+}
+
+void World::finish_call(RankWorld& rank) {
+  trace_.add(rank.topology.rank, "leaves call", static_cast<std::int64_t>(rank.next_call));
+  rank.dispatch ? check_dispatch(rank) : check_combine(rank);
+  rank.dispatch.reset();
+  rank.combine.reset();
+  // The tensors are the user's again, who may do as he pleases with them.
+  std::fill(rank.input.begin(), rank.input.end(), std::byte{0xEE});
+  ++rank.next_call;
+  if (work_.pause_probability > 0 && schedule_.chance(work_.pause_probability)) {
+    oracle_->set_asleep(rank.topology.rank);
+    network_->wake_later(rank.topology.rank, schedule_.exponential(work_.pause_ns));
+  }
+}
+
+void World::check_dispatch(const RankWorld& rank) const {
+  const ScriptCall& call = work_.script[rank.next_call];
+  const kernels::Plan& plan = *rank.plans[call.plan];
+  const RankRows& rows = reference_.rows(call.plan, rank.topology.rank);
+  auto name = [&] {
+    return "rank " + std::to_string(rank.topology.rank) + ", call " + std::to_string(rank.next_call) + ": ";
+  };
+  if (plan.tokens_per_expert != rows.tokens_per_expert || plan.offsets != rows.offsets) {
+    throw Violation("I3: " + name() + "expert counts or offsets differ from the reference");
+  }
+  Reference::Dispatched expected = reference_.dispatched(rank.next_call, rank.topology.rank);
+  if (rank.output != expected.x) throw Violation("I3: " + name() + "dispatched rows differ from the reference");
+  if (call.kind == ScriptCall::Kind::kDispatch && !same_bits(rank.out_weights, expected.weights)) {
+    throw Violation("I3: " + name() + "dispatched weights differ from the reference");
+  }
+}
+
+void World::check_combine(const RankWorld& rank) const {
+  const ScriptCall& call = work_.script[rank.next_call];
+  Reference::Combined expected = reference_.combined(rank.next_call, rank.topology.rank);
+  auto name = [&] {
+    return "rank " + std::to_string(rank.topology.rank) + ", call " + std::to_string(rank.next_call) + ": ";
+  };
+  if (rank.output != expected.out) throw Violation("I3: " + name() + "combined rows differ from the reference");
+  if (call.weight_grads && !same_bits(rank.out_grads, expected.topk_weight_grads)) {
+    throw Violation("I3: " + name() + "gradients of the weights differ from the reference");
+  }
+}
+
+bool World::turn() {
+  ++turns_;
+  trace_.set_time(network_->now_ns());
+  if (turns_ > kMostTurns) throw Violation("I5: no end after " + std::to_string(kMostTurns) + " turns");
+  if (turns_ == death_turn_) {
+    trace_.add(victim_, "dies");
+    network_->kill(victim_);
+  }
+  // Once nobody has anything to do, time passes. A landed piece shows nobody anything yet.
+  bool let_pass = idle_turns_ > 3ull * work_.num_ranks || schedule_.chance(work_.event_share);
+  if (let_pass && !network_->empty()) return network_->step();
+  double at = schedule_.uniform() * pace_sums_.back();
+  auto rank = static_cast<std::uint32_t>(std::upper_bound(pace_sums_.begin(), pace_sums_.end(), at) -
+                                         pace_sums_.begin());
+  rank = std::min(rank, work_.num_ranks - 1);
+  return schedule_.chance(0.5) ? caller_step(rank) : pump_step(rank);
+}
+
+bool World::settle() {
+  bool ever = false;
+  for (bool moved = true; moved; ever |= moved) {
+    std::uint64_t refusals = network_->refusals();
+    moved = !network_->empty();
+    network_->step();
+    for (std::uint32_t rank = 0; rank < work_.num_ranks; ++rank) {
+      moved |= caller_step(rank);
+      moved |= pump_step(rank);
+    }
+    // A burst of EAGAIN ends by itself; a rank that sleeps is woken by the network.
+    moved |= network_->refusals() != refusals || !network_->empty();
+    if (++turns_ > kMostTurns) throw Violation("I5: no end after " + std::to_string(kMostTurns) + " turns");
+  }
+  return ever;
+}
+
+void World::run() {
+  while (!finished()) {
+    if (turn()) {
+      idle_turns_ = 0;
+    } else if (++idle_turns_ > 200ull * work_.num_ranks + 1000) {
+      if (!settle()) break;
+      idle_turns_ = 0;
+    }
+    if (oracle_->forged_target() >= 0 && ranks_[static_cast<std::size_t>(oracle_->forged_target())]->engine->failed()) {
+      return after_forgery();
+    }
+  }
+  if (profile_.lose_peer && network_->dead(victim_)) return after_loss();
+  if (!finished()) deadlock();
+  come_to_rest();
+}
+
+void World::come_to_rest() {
+  settle();
+  if (!network_->quiet()) throw Violation("I13: the network does not come to rest");
+  std::vector<std::uint64_t> epochs[proto::kNumPhases];
+  for (const auto& rank : ranks_) {
+    if (work_.num_nodes() > 1 && !rank->engine->idle()) {
+      throw Violation("I13: rank " + std::to_string(rank->topology.rank) + " keeps writes back");
+    }
+    for (std::size_t phase = 0; phase < proto::kNumPhases; ++phase) epochs[phase].push_back(rank->state->epoch[phase]);
+  }
+  oracle_->check_drained(epochs);
+}
+
+void World::after_loss() {
+  // Outputs were compared as calls ended. A control channel, not simulated here, tells everybody in the end.
+  settle();
+  for (const auto& rank : ranks_) {
+    if (rank->topology.rank == victim_) continue;
+    const common::Status failure = rank->engine->failure();
+    if (!failure.ok() && failure.rank != static_cast<int>(victim_)) {
+      throw Violation("I6: rank " + std::to_string(rank->topology.rank) + " blames rank " +
+                      std::to_string(failure.rank) + " where rank " + std::to_string(victim_) + " died: " +
+                      failure.message);
+    }
+    rank->engine->on_failure({common::StatusCode::kPeerLost, static_cast<int>(victim_), -1, -1, -1, "lost"});
+    if (rank->engine->failure().rank != static_cast<int>(victim_)) throw Violation("I6: the first error did not win");
+    if (pump_step(rank->topology.rank)) throw Violation("I6: a failed engine went on");
+  }
+}
+
+void World::after_forgery() {
+  auto target = static_cast<std::uint32_t>(oracle_->forged_target());
+  const common::Status& failure = ranks_[target]->engine->failure();
+  if (failure.code != common::StatusCode::kProtocol || failure.rank != oracle_->forged_source()) {
+    throw Violation("I4: a forged epoch was reported as: " + failure.message);
+  }
+}
+
+void World::deadlock() const {
+  std::ostringstream text;
+  text << "I5: deadlock";
+  for (const auto& rank : ranks_) {
+    if (rank->next_call == work_.script.size()) continue;
+    text << "; rank " << rank->topology.rank << " in call " << rank->next_call;
+    if (!rank->in_call()) {
+      text << " has not begun";
+      continue;
+    }
+    kernels::Waiting waiting = rank->dispatch ? rank->dispatch->waiting() : rank->combine->waiting();
+    text << " waits";
+    if (waiting.rank >= 0) text << " for rank " << waiting.rank;
+    text << " " << waiting.what;
+    if (waiting.chunk >= 0) text << " " << waiting.chunk;
+  }
+  throw Violation(text.str());
+}
+
+}  // namespace moe_efa::simulator

@@ -1,0 +1,75 @@
+// World: R real engines, pumps and CPU calls in one thread, over a simulated network. A seeded scheduler picks who moves
+// next: a rank's caller, a rank's pump, or the network. Nothing waits, nothing reads a clock.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "kernels/cpu/combine_call.h"
+#include "kernels/cpu/dispatch_call.h"
+#include "simulator/network.h"
+#include "simulator/oracle.h"
+#include "simulator/reference.h"
+#include "simulator/srd_rail.h"
+#include "simulator/trace.h"
+#include "simulator/workload.h"
+#include "transport/pump.h"
+
+namespace moe_efa::simulator {
+
+class World {
+ public:
+  World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks, std::size_t trace_lines);
+  ~World();
+
+  // Runs the script to its end on every rank, then lets everything come to rest. Throws Violation or StatusError.
+  void run();
+
+  const Workload& workload() const { return work_; }
+  const Trace& trace() const { return trace_; }
+  const Network& network() const { return *network_; }
+  std::uint64_t turns() const { return turns_; }
+  std::uint64_t events() const { return turns_ + network_->events(); }
+  std::uint64_t virtual_ns() const { return network_->now_ns(); }
+  std::uint64_t epochs() const;  // of both phases, on the rank that came furthest
+
+ private:
+  struct RankWorld;
+
+  bool turn();  // true when anything moved
+  bool pump_step(std::uint32_t rank);
+  bool caller_step(std::uint32_t rank);
+  void start_call(RankWorld& rank);
+  void finish_call(RankWorld& rank);
+  void check_dispatch(const RankWorld& rank) const;
+  void check_combine(const RankWorld& rank) const;
+  bool finished() const;
+  bool settle();  // everybody moves until nothing does; true when anything had moved
+  void come_to_rest();
+  void after_loss();
+  void after_forgery();
+  [[noreturn]] void deadlock() const;
+
+  Workload work_;
+  Profile profile_;
+  Trace trace_;
+  Reference reference_;
+  std::vector<std::vector<std::byte>> memory_;
+  std::vector<std::span<std::byte>> regions_;
+  std::vector<std::byte*> region_pointers_;
+  std::unique_ptr<Oracle> oracle_;
+  std::unique_ptr<Network> network_;
+  std::vector<std::unique_ptr<RankWorld>> ranks_;
+  kernels::SerialExecutor executor_;
+  Rng schedule_;
+  std::uint64_t turns_ = 0, idle_turns_ = 0;
+  std::vector<double> pace_sums_;
+  std::uint64_t death_turn_ = ~0ull;
+  std::uint32_t victim_ = 0;
+};
+
+}  // namespace moe_efa::simulator

@@ -1,0 +1,29 @@
+"""Mixture-of-Experts dispatch and combine between hosts joined by AWS EFA, with gradients."""
+
+from typing import Any
+
+from moe_efa import libfabric
+from moe_efa._version import __version__
+from moe_efa.config import ExpertParallelConfig
+from moe_efa.errors import ClosedError, ConfigError, PeerLostError, PeerTimeoutError, TransportError
+from moe_efa.expert_parallel import ExpertParallel
+from moe_efa.handle import DispatchResult, Handle
+
+__all__ = [
+    "ClosedError",
+    "ConfigError",
+    "DispatchResult",
+    "ExpertParallel",
+    "ExpertParallelConfig",
+    "Handle",
+    "PeerLostError",
+    "PeerTimeoutError",
+    "TransportError",
+    "__version__",
+    "build_info",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """What is in this build: package and protocol version, and what the native extension was built with."""
+    return {"version": __version__, **libfabric.build_info()}

@@ -1,0 +1,154 @@
+"""The configuration of an expert-parallel group, checked before anything is sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_efa.errors import ConfigError
+
+MAX_TOP_K = 64
+_DTYPES = ("auto", "bf16", "fp32")
+_TRANSPORTS = ("auto", "shm", "libfabric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertParallelConfig:
+    """What all ranks of a group must agree on.
+
+    Attributes:
+        num_experts: experts of the whole group, E; rank r of R owns ``[r * E / R, (r + 1) * E / R)``.
+        hidden_size: elements per token, H.
+        top_k: selections per token, K; at most 64 and at most ``num_experts``.
+        max_tokens_per_rank: most tokens in one dispatch of one rank.
+        wire_dtype: what dispatch sends: "auto" (x's dtype), "bf16" or "fp32".
+        combine_dtype: what combine publishes and sends: "auto" (y's dtype), "bf16" or "fp32".
+        grad_wire_dtype: what dispatches of gradients send: "auto" (as ``wire_dtype``), or the same word as there.
+        fp8_scale: "fp32"; scales of FP8 blocks.
+        node_size: ranks per node; None finds it from the hosts.
+        transport: what joins nodes: "auto", "shm" (several nodes on one host) or "libfabric". Inside a node it is
+            always shared memory.
+        provider: libfabric provider ("efa", "tcp", ...); None takes the best present.
+        timeout_s: seconds to wait for a live peer that has not entered a call.
+        heartbeat_timeout_s: seconds of silence after which a peer counts as lost.
+        memory_budget_bytes: most registered memory per rank.
+        chunk_rows: most rows in one chunk; 0 takes the largest that fits. For tests and tuning.
+        slots: slots per ring; 0 takes the most that fit. For tests and tuning.
+
+    Raises:
+        ConfigError: for a value that cannot work, or that this version does not offer.
+    """
+
+    num_experts: int
+    hidden_size: int
+    top_k: int
+    max_tokens_per_rank: int
+    wire_dtype: str = "auto"
+    combine_dtype: str = "auto"
+    grad_wire_dtype: str = "auto"
+    fp8_scale: str = "fp32"
+    node_size: int | None = None
+    transport: str = "auto"
+    provider: str | None = None
+    timeout_s: float = 600.0
+    heartbeat_timeout_s: float = 20.0
+    memory_budget_bytes: int = 1 << 30
+    chunk_rows: int = 0
+    slots: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "hidden_size", "top_k", "max_tokens_per_rank", "memory_budget_bytes"):
+            _check_integer(name, getattr(self, name), minimum=1)
+        for name in ("chunk_rows", "slots"):
+            _check_integer(name, getattr(self, name), minimum=0)
+        if self.node_size is not None:
+            _check_integer("node_size", self.node_size, minimum=1)
+        for name in ("timeout_s", "heartbeat_timeout_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a positive, finite number of seconds, not {value!r}")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        if self.top_k > MAX_TOP_K:
+            raise ConfigError(f"top_k={self.top_k} is more than the {MAX_TOP_K} that a row can describe")
+        for name in ("wire_dtype", "combine_dtype", "grad_wire_dtype"):
+            _check_word(name, getattr(self, name), _DTYPES, unavailable=("fp8",))
+        _check_word("fp8_scale", self.fp8_scale, ("fp32",), unavailable=("ue8m0",))
+        _check_word("transport", self.transport, _TRANSPORTS)
+        if self.grad_wire_dtype not in ("auto", self.wire_dtype):
+            raise ConfigError(
+                f"grad_wire_dtype={self.grad_wire_dtype!r} with wire_dtype={self.wire_dtype!r} is not available in "
+                "this version: use 'auto', or the same word for both"
+            )
+        if self.provider is not None and (not isinstance(self.provider, str) or not self.provider):
+            raise ConfigError(f"provider must be the name of a libfabric provider or None, not {self.provider!r}")
+
+    def check_num_ranks(self, num_ranks: int) -> None:
+        """Raise ConfigError unless the experts, and the nodes if given, divide evenly among ``num_ranks``."""
+        if self.num_experts % num_ranks:
+            raise ConfigError(f"num_experts={self.num_experts} is not a multiple of the group's {num_ranks} ranks")
+        if self.node_size is not None and num_ranks % self.node_size:
+            raise ConfigError(f"node_size={self.node_size} does not divide the group's {num_ranks} ranks")
+
+    def resolve_node_size(self, hosts: Sequence[str]) -> int:
+        """Ranks per node, from the host of every rank of the group in rank order.
+
+        A node is a run of consecutive ranks on one host, and all nodes have equal size.
+
+        Raises:
+            ConfigError: if the hosts do not allow it; the text says which ``node_size`` they do allow.
+        """
+        self.check_num_ranks(len(hosts))
+        runs = _run_lengths(hosts)
+        possible = math.gcd(*runs)
+        advice = f"node_size={possible} would do"
+        if self.node_size is not None:
+            if possible % self.node_size:
+                raise ConfigError(f"node_size={self.node_size} would put ranks of different hosts in a node; {advice}")
+            return self.node_size
+        if len(runs) != len(set(hosts)):
+            raise ConfigError(
+                f"the ranks of a host are not consecutive in the group (ranks per run of equal hosts: {runs}); "
+                f"order the group by host, or pass node_size: {advice}"
+            )
+        if len(set(runs)) > 1:
+            raise ConfigError(f"hosts hold unequal numbers of ranks of the group ({runs}); pass node_size: {advice}")
+        return runs[0]
+
+    def resolve_transport(self, *, num_nodes: int, num_hosts: int) -> str:
+        """What joins the nodes: "none" for a single one, "shm" or "libfabric". ConfigError for "shm" across hosts."""
+        if self.transport == "shm" and num_hosts > 1:
+            raise ConfigError(f"transport='shm' cannot join {num_hosts} hosts; use 'auto' or 'libfabric'")
+        if num_nodes == 1:
+            return "none"
+        return "libfabric" if self.transport == "auto" else self.transport
+
+    def as_dict(self) -> dict[str, object]:
+        """Field names and values."""
+        return dataclasses.asdict(self)
+
+
+def _run_lengths(hosts: Sequence[str]) -> list[int]:
+    runs: list[int] = []
+    for rank, host in enumerate(hosts):
+        if rank and host == hosts[rank - 1]:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+    return runs
+
+
+def _check_integer(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer, not {value!r}")
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, not {value}")
+
+
+def _check_word(name: str, value: object, words: Sequence[str], unavailable: Sequence[str] = ()) -> None:
+    if value in unavailable:
+        raise ConfigError(f"{name}={value!r} is not available in this version; use one of {', '.join(words)}")
+    if value not in words:
+        raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(words)}")

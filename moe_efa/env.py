@@ -1,0 +1,133 @@
+"""The only reader of environment variables: a table, one typed getter per variable, and the table as Markdown."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+
+from moe_efa.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable; ``default`` is text for the reader."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable(
+        "MOE_EFA_LIBFABRIC",
+        "path",
+        "searched",
+        "libfabric.so to load, instead of the EFA installer's, an installed Python package's or the loader's.",
+    ),
+    Variable(
+        "MOE_EFA_SOCKET_ADDR",
+        "IPv4 address",
+        "found from MASTER_ADDR",
+        "Address on which this rank listens for control connections and to which the tcp provider binds, "
+        "if the ranks are on several hosts.",
+    ),
+    Variable(
+        "MOE_EFA_HOST_ID",
+        "text",
+        "boot id and /dev/shm",
+        "Identity of this host; ranks with equal identities must share /dev/shm. Decides `node_size`.",
+    ),
+    Variable(
+        "MOE_EFA_NUM_THREADS",
+        "integer >= 1",
+        "cores / ranks of the host",
+        "CPU kernel threads of this rank.",
+    ),
+)
+
+
+def libfabric_path() -> str | None:
+    """MOE_EFA_LIBFABRIC, or None."""
+    return os.environ.get("MOE_EFA_LIBFABRIC") or None
+
+
+def socket_address() -> str | None:
+    """MOE_EFA_SOCKET_ADDR, or None. Raises ConfigError if it is no IPv4 address."""
+    text = os.environ.get("MOE_EFA_SOCKET_ADDR")
+    if not text:
+        return None
+    try:
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise ConfigError(f"MOE_EFA_SOCKET_ADDR={text!r} is not an IPv4 address such as 10.0.0.7") from None
+
+
+def host_id() -> str | None:
+    """MOE_EFA_HOST_ID, or None."""
+    return os.environ.get("MOE_EFA_HOST_ID") or None
+
+
+def num_threads(ranks_on_host: int) -> int:
+    """MOE_EFA_NUM_THREADS, or this rank's share of the cores. Raises ConfigError if it is no positive integer."""
+    text = os.environ.get("MOE_EFA_NUM_THREADS")
+    if not text:
+        return max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"MOE_EFA_NUM_THREADS={text!r} is not a positive integer")
+    return int(text)
+
+
+def master_address() -> str | None:
+    """MASTER_ADDR as torch.distributed's launchers set it, or None."""
+    return os.environ.get("MASTER_ADDR") or None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place among those that a launcher started; ``init_method`` is for torch.distributed."""
+
+    rank: int
+    num_ranks: int
+    init_method: str
+
+
+def launch() -> Launch | None:
+    """What torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS) says, or None for a process on its own.
+
+    Raises:
+        ConfigError: if srun started several ranks and the host of rank 0 is not known.
+    """
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE"):
+        return Launch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
+    rank = os.environ.get("SLURM_PROCID")
+    num_ranks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS")
+    if not rank or not num_ranks or num_ranks == "1":
+        return None
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or ""
+    host = master_address() or _first_host(nodes)
+    if not host:
+        raise ConfigError("srun started several ranks, but neither MASTER_ADDR nor SLURM_STEP_NODELIST names a host")
+    # Jobs that share a host need ports of their own.
+    port = os.environ.get("MASTER_PORT") or str(29500 + int(os.environ.get("SLURM_JOB_ID") or 0) % 1000)
+    return Launch(int(rank), int(num_ranks), f"tcp://{host}:{port}")
+
+
+def _first_host(nodes: str) -> str:
+    """The first of a Slurm host list: ``gpu[007-010,12],login`` -> ``gpu007``."""
+    found = re.match(r"([^,\[]+)(?:\[([^-,\]]+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""
+
+
+def settings() -> dict[str, str]:
+    """The variables of the table that are set, with their text."""
+    return {v.name: os.environ[v.name] for v in VARIABLES if os.environ.get(v.name)}
+
+
+def as_markdown() -> str:
+    """The table for the README."""
+    lines = ["| variable | type | default | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{v.name}` | {v.type} | {v.default} | {v.meaning} |" for v in VARIABLES]
+    return "\n".join(lines) + "\n"

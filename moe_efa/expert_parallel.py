@@ -1,0 +1,305 @@
+"""ExpertParallel, what a model talks to: checks arguments (I17), calls the ops, wraps their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_efa import native_group, ops
+from moe_efa.config import ExpertParallelConfig
+from moe_efa.errors import ClosedError, ConfigError
+from moe_efa.handle import DispatchResult, Handle
+
+
+class ExpertParallel:
+    """Dispatch and combine among the ranks of a group. Construction is collective.
+
+    Rank r of R owns the experts ``[r * E / R, (r + 1) * E / R)``. All ranks issue the same calls in the same order; the
+    number of tokens may differ and be zero. Calls return finished results. Objects of equal group and configuration
+    share one native group, so a model may build one object per layer.
+
+    Backward passes are collective as well: whether x and topk_weights require gradients must be the same on all ranks,
+    and the results must reach the loss also on ranks without tokens or rows.
+
+    Args:
+        group: torch.distributed process group of any backend, for the rendezvous only (no reference is kept), or None
+            for a single rank.
+        others: see :class:`ExpertParallelConfig`.
+
+    Raises:
+        ConfigError: on every rank, if the configuration cannot work or differs between ranks.
+        TransportError: on every rank, if the ranks cannot reach each other.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        top_k: int,
+        max_tokens_per_rank: int,
+        wire_dtype: str = "auto",
+        combine_dtype: str = "auto",
+        grad_wire_dtype: str = "auto",
+        fp8_scale: str = "fp32",
+        node_size: int | None = None,
+        transport: str = "auto",
+        provider: str | None = None,
+        timeout_s: float = 600.0,
+        heartbeat_timeout_s: float = 20.0,
+        memory_budget_bytes: int = 1 << 30,
+        chunk_rows: int = 0,
+        slots: int = 0,
+    ) -> None:
+        config: ExpertParallelConfig | ConfigError
+        try:
+            config = ExpertParallelConfig(
+                num_experts=num_experts,
+                hidden_size=hidden_size,
+                top_k=top_k,
+                max_tokens_per_rank=max_tokens_per_rank,
+                wire_dtype=wire_dtype,
+                combine_dtype=combine_dtype,
+                grad_wire_dtype=grad_wire_dtype,
+                fp8_scale=fp8_scale,
+                node_size=node_size,
+                transport=transport,
+                provider=provider,
+                timeout_s=timeout_s,
+                heartbeat_timeout_s=heartbeat_timeout_s,
+                memory_budget_bytes=memory_budget_bytes,
+                chunk_rows=chunk_rows,
+                slots=slots,
+            )
+        except ConfigError as error:
+            config = error  # raised by acquire, after the other ranks have heard of it
+        self._native = native_group.acquire(group, config)
+        self._closed = False
+
+    @property
+    def config(self) -> ExpertParallelConfig:
+        """The configuration as given."""
+        return self._native.config
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._native.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in the group."""
+        return self._native.num_ranks
+
+    @property
+    def node_size(self) -> int:
+        """Ranks per node, as found or given."""
+        return self._native.node_size
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts that this rank owns, the first of which is ``rank * num_local_experts``."""
+        return self.config.num_experts // self.num_ranks
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        handle: Handle | None = None,
+        expert_alignment: int = 1,
+    ) -> DispatchResult:
+        """Send every token to the ranks that own the experts it selected. Collective; so is its backward.
+
+        Args:
+            x: [T, H] bf16 or fp32, contiguous, on the CPU; T may differ between ranks and be 0.
+            topk_idx: [T, K] int64 global expert ids, -1 for none. Equal ids in a row give separate rows.
+            topk_weights: [T, K] fp32; those of -1 selections are ignored and get gradient 0.
+            handle: repeat an earlier dispatch with other values: same T, no topk_idx, no topk_weights. Offsets, weights
+                and alignment are the earlier ones.
+            expert_alignment: every expert's rows are padded with zeros to a multiple of this.
+
+        Returns:
+            :class:`DispatchResult` with the rows of this rank's experts, in an order that depends on the routing alone.
+
+        Raises:
+            ValueError: for arguments that do not fit, before anything is sent: a corrected call may follow.
+            ClosedError: if this object was closed.
+            TransportError: if the exchange failed; every later call raises the same.
+        """
+        self._check_open()
+        self._check_rows("x", x, None)
+        if handle is not None:
+            self._check_handle(handle)
+            if topk_idx is not None or topk_weights is not None:
+                raise ValueError("topk_idx and topk_weights are not allowed with a handle, which has its own")
+            if x.shape[0] != handle.num_tokens:
+                raise ValueError(f"x has {x.shape[0]} tokens, but the handle's dispatch had {handle.num_tokens}")
+            if expert_alignment not in (1, handle.expert_alignment):
+                raise ValueError(
+                    f"expert_alignment={expert_alignment} differs from the handle's {handle.expert_alignment}"
+                )
+            return _result(ops.replay(self._native, x, handle.plan), handle)
+        if topk_idx is None or topk_weights is None:
+            raise ValueError("dispatch needs topk_idx and topk_weights, or a handle")
+        self._check_routing(x, topk_idx, topk_weights)
+        if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
+            raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
+        rows, weights, plan = ops.dispatch(self._native, x, topk_idx, topk_weights, expert_alignment)
+        handle = Handle(
+            plan=plan,
+            weights=weights,
+            expert_alignment=expert_alignment,
+            top_k=self.config.top_k,
+            owner=self._native,
+        )
+        return _result(rows, handle)
+
+    def combine(self, y: Tensor, handle: Handle, *, weighted: bool = True) -> Tensor:
+        """Bring the experts' rows back to their tokens and add them. Collective; so is its backward.
+
+        Args:
+            y: [rows, H] bf16 or fp32, contiguous, in the order of the dispatched rows. Padding rows are never read.
+            handle: of the dispatch.
+            weighted: multiply rows by the dispatched weights; False for a caller who did so already.
+
+        Returns:
+            [T, H] in y's dtype: ``sum over k of topk_weights[t, k] * y[row(t, k)]``; zeros where nothing was selected.
+
+        Raises:
+            ValueError, ClosedError, TransportError: as :meth:`dispatch`.
+        """
+        self._check_open()
+        self._check_handle(handle)
+        self._check_rows("y", y, handle.rows)
+        return ops.combine(self._native, y, handle.weights if weighted else None, handle.plan)
+
+    def moe(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        experts: Callable[[Tensor, Tensor], Tensor],
+        *,
+        expert_alignment: int = 1,
+    ) -> Tensor:
+        """Dispatch, experts and combine in one call. Collective; so is its backward.
+
+        Args:
+            x, topk_idx, topk_weights, expert_alignment: as in :meth:`dispatch`.
+            experts: ``experts(rows, offsets) -> rows`` with rows [rows, H] and offsets [E_local + 1] int32 (see
+                :class:`DispatchResult`). It must act row by row and accept zero rows, and its result must depend on
+                its input also then, so that backward runs on every rank.
+
+        Returns:
+            [T, H] in the dtype of the experts' result.
+        """
+        received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
+        return self.combine(experts(received.x, received.offsets).contiguous(), received.handle)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since construction, of all objects that share the native group.
+
+        At least ``rounds`` (combines finished), ``wire_bytes`` (sent to other nodes, everything included),
+        ``wire_floor_bytes`` (rows x row bytes, deduplicated per node) and ``seconds`` per phase.
+        """
+        self._check_open()
+        return self._native.stats()
+
+    def info(self) -> dict[str, Any]:
+        """Facts of the native group, such as provider, chunk_rows, slots and bytes of memory."""
+        self._check_open()
+        return self._native.info()
+
+    def close(self) -> None:
+        """Give up this object; the last one of its native group closes that. Collective; repeated calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            self._native.release()
+
+    def __enter__(self) -> ExpertParallel:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; after an exception fail the group instead, so that the other ranks get an error and do not wait."""
+        if error is None:
+            self.close()
+        elif not self._closed:
+            self._closed = True
+            self._native.abort(f"rank {self.rank} left the group after {type(error).__name__}: {error}")
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"ExpertParallel(rank {self.rank} of {self.num_ranks}, node_size {self.node_size}{state})"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this ExpertParallel was closed")
+
+    def _check_rows(self, name: str, tensor: Tensor, rows: int | None) -> None:
+        _check_tensor(name, tensor, (torch.bfloat16, torch.float32))
+        if tensor.dim() != 2 or tensor.shape[1] != self.config.hidden_size:
+            expected = "T" if rows is None else str(rows)
+            raise ValueError(f"{name} must be [{expected}, {self.config.hidden_size}], not {list(tensor.shape)}")
+        if rows is None and tensor.shape[0] > self.config.max_tokens_per_rank:
+            raise ValueError(
+                f"{name} has {tensor.shape[0]} tokens, more than max_tokens_per_rank={self.config.max_tokens_per_rank}"
+            )
+        if rows is not None and tensor.shape[0] != rows:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows, but the handle's dispatch gave {rows}")
+
+    def _check_routing(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+        _check_tensor("topk_idx", topk_idx, (torch.int64,))
+        _check_tensor("topk_weights", topk_weights, (torch.float32,))
+        shape = (x.shape[0], self.config.top_k)
+        for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must be [T, top_k] = {list(shape)}, not {list(tensor.shape)}")
+        if topk_idx.numel():
+            lowest, highest = (int(value) for value in topk_idx.aminmax())
+            if lowest < -1 or highest >= self.config.num_experts:
+                raise ValueError(
+                    f"topk_idx holds {lowest if lowest < -1 else highest}; expert ids are in "
+                    f"[-1, {self.config.num_experts})"
+                )
+
+    def _check_handle(self, handle: Handle) -> None:
+        if not isinstance(handle, Handle):
+            raise ValueError(f"handle must be the handle of a DispatchResult, not a {type(handle).__name__}")
+        if handle.owner is not self._native:
+            raise ValueError("the handle belongs to another ExpertParallel (another group or configuration)")
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, not a {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, not {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}; this version works on CPU tensors")
+    if tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous (strides are {_strides(tensor)}); call .contiguous()")
+
+
+def _strides(tensor: Tensor) -> object:
+    return tensor.stride() if tensor.layout == torch.strided else tensor.layout
+
+
+def _result(rows: Tensor, handle: Handle) -> DispatchResult:
+    return DispatchResult(
+        x=rows,
+        tokens_per_expert=torch.tensor(handle.plan.tokens_per_expert, dtype=torch.int64),
+        offsets=torch.tensor(handle.plan.offsets, dtype=torch.int32),
+        weights=handle.weights,
+        handle=handle,
+    )

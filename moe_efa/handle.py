@@ -1,0 +1,59 @@
+"""What dispatch returns. It does not know how anything is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_efa import _C
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """The routing of one dispatch, for combine, for backward and for replays. Opaque: its fields may change.
+
+    Any number of handles may be alive, and used in any order that is the same on all ranks. A handle keeps at most 16
+    bytes per dispatched row, and through ``weights`` the autograd graph of the dispatch that made it.
+    """
+
+    plan: _C.Plan = field(repr=False)
+    weights: Tensor = field(repr=False)  # [rows] fp32, connected to topk_weights
+    expert_alignment: int
+    top_k: int
+    owner: object = field(repr=False)  # the native group whose plan this is
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank dispatched."""
+        return self.plan.num_tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows that this rank received, padding included."""
+        return self.plan.rows
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchResult:
+    """The rows that this rank's experts got.
+
+    Attributes:
+        x: [rows, H] in the dispatched dtype, expert-major: by expert, then source rank, then source token, then top-k
+            position. Padding rows are zeros.
+        tokens_per_expert: [E_local] int64 on the CPU, true counts without padding.
+        offsets: [E_local + 1] int32, padded starts, each a multiple of ``expert_alignment``; ``offsets[-1] == rows``,
+            and ``offsets[1:]`` fits ``torch.nn.functional.grouped_mm``.
+        weights: [rows] fp32 routing weights, 0 on padding, differentiable.
+        handle: for :meth:`ExpertParallel.combine` and for replays.
+        scales: None; scales of FP8 rows.
+    """
+
+    x: Tensor
+    tokens_per_expert: Tensor
+    offsets: Tensor
+    weights: Tensor
+    handle: Handle
+    scales: Tensor | None = None

@@ -1,0 +1,240 @@
+"""One native group per (ranks, configuration), shared by everybody who asks for it and serialised by a lock (I16).
+
+Tensors in, tensors out; arguments have been checked. It knows nothing of autograd.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing.util
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_efa import _C, rendezvous
+from moe_efa.config import ExpertParallelConfig
+from moe_efa.errors import ClosedError, ConfigError, TransportError
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_EXIT_TIMEOUT_S = 2.0
+_CONFIG_ERROR_TIMEOUT_S = 60.0  # a rank without a configuration waits so long for the others to hear of it
+
+
+class NativeGroup:
+    """A native group with its lock. Calls may come from any thread; they wait for each other."""
+
+    def __init__(self, native: _C.Group, config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> None:
+        self.config = config
+        self.rank = agreement.rank
+        self.num_ranks = agreement.num_ranks
+        self.node_size = agreement.node_size
+        self.job_key = agreement.job_key
+        self.references = 0
+        self.usable = True  # False after a transport error and after closing
+        self._native = native
+        self._lock = threading.Lock()
+        self._closed: Exception | None = None  # what calls raise once the native group is closed
+
+    def dispatch(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
+    ) -> tuple[_C.Plan, Tensor, Tensor]:
+        """x [T, H] -> (plan, rows [rows, H] in x's dtype, weights [rows] fp32). Collective."""
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x),
+            dtype=DTYPE_NAMES[x.dtype],
+            num_tokens=x.shape[0],
+            topk_idx_ptr=_pointer(topk_idx),
+            topk_weights_ptr=_pointer(topk_weights),
+            expert_alignment=expert_alignment,
+        )
+        return self._dispatch(args, x, with_weights=True)
+
+    def replay(self, x: Tensor, plan: _C.Plan) -> Tensor:
+        """x [T, H] -> rows [rows, H] of a plan, in x's dtype. Collective."""
+        args = _C.DispatchArgs(x_ptr=_pointer(x), dtype=DTYPE_NAMES[x.dtype], num_tokens=x.shape[0], plan=plan)
+        return self._dispatch(args, x, with_weights=False)[1]
+
+    def combine(
+        self,
+        y: Tensor,
+        plan: _C.Plan,
+        *,
+        weights: Tensor | None = None,
+        weight_grads: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [rows, H] -> (out [T, H] in y's dtype, gradients of topk_weights [T, K] fp32 or None). Collective.
+
+        Args:
+            weights: [rows] fp32 factors of the rows, None for the plain sum.
+            weight_grads: [rows] fp32, moved to where the weights came from; all ranks pass them or none does.
+        """
+        out = torch.empty(plan.num_tokens, self.config.hidden_size, dtype=y.dtype)
+        topk_weight_grads = None
+        if weight_grads is not None:
+            topk_weight_grads = torch.empty(plan.num_tokens, self.config.top_k, dtype=torch.float32)
+        with self._call():
+            self._native.combine(
+                _C.CombineArgs(
+                    y_ptr=_pointer(y),
+                    dtype=DTYPE_NAMES[y.dtype],
+                    plan=plan,
+                    out_ptr=_pointer(out),
+                    weights_ptr=_pointer(weights),
+                    weight_grads_ptr=_pointer(weight_grads),
+                    topk_weight_grads_ptr=_pointer(topk_weight_grads),
+                )
+            )
+        return out, topk_weight_grads
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since construction."""
+        with self._call():
+            return self._native.stats()
+
+    def info(self) -> dict[str, Any]:
+        """Facts of the native group: provider, chunk_rows, slots, bytes."""
+        with self._call():
+            return self._native.info()
+
+    def release(self) -> None:
+        """Drop one reference; the last one closes the native group together with its peers. Collective."""
+        self.references -= 1
+        if self.references > 0:
+            return
+        with self._lock:
+            if self._closed is None:
+                collective = self.usable
+                self._set_closed(ClosedError("the native group was closed"))
+                if collective:
+                    self._native.close(collective=True, timeout_s=self.config.timeout_s)
+                else:
+                    rendezvous.discard(self._native)
+
+    def abort(self, message: str) -> None:
+        """Fail the group on every rank, so that nobody waits for this one, and close it here."""
+        self._close_here(TransportError(message, rank=self.rank), _EXIT_TIMEOUT_S)
+
+    def close_at_exit(self, timeout_s: float) -> None:
+        """Close without the peers. A call that another thread has not finished is left to the end of the process."""
+        self._close_here(None, timeout_s)
+
+    def _close_here(self, reason: TransportError | None, timeout_s: float) -> None:
+        if not self._lock.acquire(timeout=timeout_s):
+            return
+        try:
+            if self._closed is None:
+                self._set_closed(reason or ClosedError("the process is ending"))
+                if reason is not None:
+                    self._native.abort(str(reason))
+                rendezvous.discard(self._native)
+        finally:
+            self._lock.release()
+
+    def _set_closed(self, reason: Exception) -> None:
+        self._closed = reason
+        self.usable = False
+        _forget(self)
+
+    def _dispatch(self, args: _C.DispatchArgs, x: Tensor, *, with_weights: bool) -> tuple[_C.Plan, Tensor, Tensor]:
+        with self._call():
+            plan = self._native.dispatch_begin(args)
+            try:
+                rows = torch.empty(plan.rows, self.config.hidden_size, dtype=x.dtype)
+                weights = torch.empty(plan.rows if with_weights else 0, dtype=torch.float32)
+            except BaseException as error:
+                self.usable = False
+                self._native.abort(f"rank {self.rank} could not allocate {plan.rows} rows: {error}")
+                raise
+            self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0)
+        return plan, rows, weights
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """Hold the lock during a native call; after a transport error nobody new shares the native group."""
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            try:
+                yield
+            except TransportError:
+                self.usable = False
+                raise
+
+
+# Null means "none of it" to the native calls, so a tensor without elements gets an address that nobody reads.
+_NOTHING = torch.empty(1)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    return tensor.data_ptr() or _NOTHING.data_ptr()
+
+
+_Key = tuple[int, tuple[int, ...], ExpertParallelConfig]
+_registry: dict[_Key, NativeGroup] = {}
+_live: set[NativeGroup] = set()
+_registry_lock = threading.Lock()
+_hooked_pid: int | None = None
+
+
+def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | ConfigError) -> NativeGroup:
+    """The native group of these ranks and this configuration: an existing one if every rank has it. Collective.
+
+    Args:
+        config: the configuration, or why this rank has none; then every rank raises.
+    """
+    key = None if isinstance(config, ConfigError) else (os.getpid(), rendezvous.ranks_of(group), config)
+    with _registry_lock:
+        existing = None if key is None else _registry.get(key)
+        if existing is not None and not existing.usable:
+            existing = None
+        meeting = rendezvous.Rendezvous(group, _timeout_s(config))
+        try:
+            agreement = rendezvous.agree(meeting, config, None if existing is None else existing.job_key)
+        except BaseException as error:
+            meeting.give_up(error)
+            raise
+        assert key is not None  # agree has raised
+        assert isinstance(config, ExpertParallelConfig)
+        if existing is None or agreement.shared_key is None:
+            native = rendezvous.build(meeting, config, agreement)
+            existing = _registry[key] = NativeGroup(native, config, agreement)
+            _live.add(existing)
+            _hook_exit()
+        existing.references += 1
+        return existing
+
+
+def _timeout_s(config: ExpertParallelConfig | ConfigError) -> float:
+    return _CONFIG_ERROR_TIMEOUT_S if isinstance(config, ConfigError) else config.timeout_s
+
+
+def _forget(native_group: NativeGroup) -> None:
+    _live.discard(native_group)
+    for key in [key for key, value in _registry.items() if value is native_group]:
+        del _registry[key]
+
+
+def _hook_exit() -> None:
+    """Close at the end of this process. Children of multiprocessing run its finalizers and not those of atexit."""
+    global _hooked_pid
+    if _hooked_pid != os.getpid():
+        _hooked_pid = os.getpid()
+        atexit.register(_close_all, _hooked_pid)
+        multiprocessing.util.Finalize(None, _close_all, args=(_hooked_pid,), exitpriority=100)
+
+
+def _close_all(pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    deadline = time.monotonic() + _EXIT_TIMEOUT_S
+    for native_group in list(_live):
+        native_group.close_at_exit(max(0.1, deadline - time.monotonic()))

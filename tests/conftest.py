@@ -1,0 +1,35 @@
+"""For all tests: the installed package is what is tested, and Triton interprets its kernels where there is no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the root, `import triton_kernels` would find our folder, and `import moe_efa` the sources of a wheel under test.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+
+def _import_interpreted_triton() -> None:
+    """Triton decides when it is imported whether it interprets, and torch may import it during any test."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton  # noqa: F401
+
+
+_import_interpreted_triton()
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout that these tests belong to."""
+    return ROOT

@@ -1,0 +1,115 @@
+"""Builds csrc/ (without the bindings) and every test_*.cc below this folder with sanitizers; each program is one test.
+
+Objects are kept in build/native-tests, so only what changed is compiled again. MOE_EFA_MUTANTS is defined: the wrong
+variants of the protocol (csrc/common/mutant.h) exist here, so that tests can show that they are caught.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SOURCES = sorted(path.relative_to(ROOT) for path in HERE.rglob("test_*.cc"))
+FOLDER = ROOT / "build" / "native-tests"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
+# A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
+LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"
+LEAK_OPTIONS = f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0"
+TIMEOUT_S = 300
+
+
+def variants() -> list[Any]:
+    """(source, libfabric to open): tests of the libfabric rail run once for each library that is here."""
+    found = []
+    for source in SOURCES:
+        name = source.relative_to(HERE.relative_to(ROOT)).with_suffix("").as_posix()
+        found.append(pytest.param(source, None, id=name))
+        if source.name.startswith("test_libfabric") and LIBFABRIC_2.exists():
+            found.append(pytest.param(source, LIBFABRIC_2, id=f"{name}-libfabric2"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """setup.py as a module: which sources there are, where libfabric is, and the incremental compiler."""
+    specification = importlib.util.spec_from_file_location("moe_efa_setup", ROOT / "setup.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+class NativeTests:
+    """The library as an archive, and a program for each test."""
+
+    def __init__(self, build: ModuleType) -> None:
+        self.build = build
+        self.flags = [*FLAGS, *SANITIZERS, *build.find_libfabric().flags]
+        self.archive = FOLDER / "libmoe_efa.a"
+        self.archive.unlink(missing_ok=True)
+        objects = self._compile(build.source_files(bindings=False))
+        subprocess.run(["ar", "rcs", str(self.archive), *map(str, objects)], check=True)
+        with contextlib.suppress(build.BuildError):  # a test that does not compile fails by itself, in `program`
+            self._compile(SOURCES)
+
+    def program(self, source: Path) -> Path:
+        target = FOLDER / source.with_suffix("")
+        (test,) = self._compile([source])
+        link = [*self.build.compiler(), *SANITIZERS, str(test), str(self.archive), "-o", str(target)]
+        subprocess.run([*link, "-pthread", "-ldl", "-lrt"], check=True)
+        return target
+
+    def _compile(self, sources: list[Path]) -> list[Path]:
+        objects: list[Path] = self.build.ObjectCompiler(FOLDER).compile(sources, dict.fromkeys(sources, self.flags))
+        return objects
+
+
+@pytest.fixture(scope="module")
+def native_tests(build: ModuleType) -> NativeTests:
+    """Everything compiled, in parallel."""
+    if shutil.which("g++") is None and "CXX" not in os.environ:
+        pytest.skip("no C++ compiler")
+    probe = [*build.compiler(), "-E", "-x", "c++", "-"]
+    if subprocess.run(probe, input=b"#include <doctest/doctest.h>\n", capture_output=True, check=False).returncode:
+        pytest.skip("no doctest/doctest.h (Debian/Ubuntu: apt-get install doctest-dev)")
+    return NativeTests(build)
+
+
+@pytest.mark.timeout(1800)  # the first test waits for the compiler
+@pytest.mark.parametrize(("source", "libfabric"), variants())
+def test_native(source: Path, libfabric: Path | None, native_tests: NativeTests) -> None:
+    environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1", "LSAN_OPTIONS": LEAK_OPTIONS}
+    environment.pop("MOE_EFA_LIBFABRIC", None)
+    if libfabric is not None:
+        environment["MOE_EFA_LIBFABRIC"] = str(libfabric)
+    result = subprocess.run(
+        [str(native_tests.program(source))],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    print(result.stdout)
+    assert result.returncode == 0, f"exit status {result.returncode} of {source}"
+
+
+def test_there_are_native_tests() -> None:
+    assert SOURCES

@@ -1,0 +1,558 @@
+// g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_liveness.cc csrc/transport/liveness*.cc
+//     csrc/transport/control_*.cc -lpthread -o test_liveness
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <netinet/in.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <ctime>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/status.h"
+#include "transport/liveness.h"
+
+using namespace moe_efa::transport;
+using moe_efa::common::Status;
+using moe_efa::common::StatusCode;
+using moe_efa::common::StatusError;
+using Clock = std::chrono::steady_clock;
+
+namespace {
+
+constexpr int kMaxRanks = 16;
+constexpr double kConnectTimeout = 20.0;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+void nap(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
+bool wait_for(const std::function<bool()>& condition, double timeout_s = 10.0) {
+  auto start = Clock::now();
+  while (!condition()) {
+    if (seconds_since(start) > timeout_s) return false;
+    nap(0.002);
+  }
+  return true;
+}
+
+// Memory that forked ranks share: ports, progress, and what each rank saw.
+struct Board {
+  std::atomic<int> port[kMaxRanks];
+  std::atomic<int> connected;
+  std::atomic<int> go;
+  std::atomic<int> saw[kMaxRanks];  // 1: the texts below are valid
+  struct Seen {
+    int code, rank, phase;
+    std::int64_t epoch, chunk;
+    double seconds;
+    char message[256];
+  } seen[kMaxRanks];
+};
+
+class World {
+ public:
+  World() {
+    void* memory = ::mmap(nullptr, sizeof(Board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    board_ = new (memory) Board{};
+  }
+  ~World() {
+    for (pid_t pid : pids_) {
+      if (pid > 0) ::kill(pid, SIGKILL);
+      if (pid > 0) ::waitpid(pid, nullptr, 0);
+    }
+    ::munmap(board_, sizeof(Board));
+  }
+  Board& board() { return *board_; }
+  void spawn(const std::function<int(Board&)>& body) {
+    pid_t pid = ::fork();
+    if (pid == 0) {
+      int rc = 99;
+      try {
+        rc = body(*board_);
+      } catch (const std::exception& error) {
+        std::fprintf(stderr, "child: %s\n", error.what());
+      }
+      ::_exit(rc);
+    }
+    pids_.push_back(pid);
+  }
+  pid_t pid(std::size_t index) const { return pids_[index]; }
+  int join(std::size_t index) {
+    int status = 0;
+    pid_t pid = pids_[index];
+    if (!wait_for([&] { return ::waitpid(pid, &status, WNOHANG) == pid; }, 30.0)) return -1;
+    pids_[index] = -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 100 + WTERMSIG(status);
+  }
+
+ private:
+  Board* board_;
+  std::vector<pid_t> pids_;
+};
+
+LivenessConfig config_of(int rank, double heartbeat_timeout_s, const std::string& key = "key") {
+  return {rank, "127.0.0.1", key, heartbeat_timeout_s};
+}
+// Publishes the own port, waits for the others', connects.
+void join_world(Board& board, Liveness& liveness, int rank, const std::vector<int>& peers) {
+  board.port[rank] = liveness.port();
+  std::vector<Liveness::Peer> list;
+  for (int peer : peers) {
+    if (!wait_for([&] { return board.port[peer] != 0; })) throw std::runtime_error("no port");
+    list.push_back({peer, "127.0.0.1", static_cast<std::uint16_t>(board.port[peer].load())});
+  }
+  liveness.connect(list, kConnectTimeout);
+  ++board.connected;
+}
+void report(Board& board, int rank, const Status& status, double seconds) {
+  Board::Seen& seen = board.seen[rank];
+  seen.code = static_cast<int>(status.code);
+  seen.rank = status.rank;
+  seen.phase = status.phase;
+  seen.epoch = status.epoch;
+  seen.chunk = status.chunk;
+  seen.seconds = seconds;
+  std::strncpy(seen.message, status.message.c_str(), sizeof seen.message - 1);
+  board.saw[rank] = 1;
+}
+// Connects, waits for a failure and reports it; 0 when one came.
+int watch(Board& board, int rank, const std::vector<int>& peers, double heartbeat_timeout_s) {
+  Liveness liveness(config_of(rank, heartbeat_timeout_s));
+  join_world(board, liveness, rank, peers);
+  wait_for([&] { return board.go != 0; }, 20.0);
+  auto start = Clock::now();
+  if (!wait_for([&] { return liveness.failed(); }, 15.0)) return 1;
+  report(board, rank, liveness.failure(), seconds_since(start));
+  return 0;
+}
+std::vector<int> others(int rank, int num_ranks) {
+  std::vector<int> list;
+  for (int i = 0; i < num_ranks; ++i) {
+    if (i != rank) list.push_back(i);
+  }
+  return list;
+}
+// Two ranks of this process.
+struct Pair {
+  std::unique_ptr<Liveness> a, b;
+  explicit Pair(double heartbeat_timeout_s) {
+    a = std::make_unique<Liveness>(config_of(0, heartbeat_timeout_s));
+    b = std::make_unique<Liveness>(config_of(1, heartbeat_timeout_s));
+    std::thread other([&] { b->connect({{0, "127.0.0.1", a->port()}}, kConnectTimeout); });
+    a->connect({{1, "127.0.0.1", b->port()}}, kConnectTimeout);
+    other.join();
+  }
+};
+
+}  // namespace
+
+// Forking cases come first: no thread of the parent is alive while they fork.
+
+TEST_CASE("a killed rank is named by every peer within a moment") {
+  World world;
+  for (int rank = 0; rank < 3; ++rank) {
+    world.spawn([rank](Board& board) { return watch(board, rank, others(rank, 3), 10.0); });
+  }
+  REQUIRE(wait_for([&] { return world.board().connected == 3; }));
+  world.board().go = 1;
+  ::kill(world.pid(1), SIGKILL);
+  CHECK(world.join(1) == 100 + SIGKILL);
+  for (int rank : {0, 2}) {
+    CHECK(world.join(rank) == 0);
+    const Board::Seen& seen = world.board().seen[rank];
+    CHECK(seen.code == static_cast<int>(StatusCode::kPeerLost));
+    CHECK(seen.rank == 1);
+    CHECK(seen.seconds < 2.0);
+    CHECK(std::string(seen.message).find("rank 1 died (control connection") == 0);
+  }
+}
+
+TEST_CASE("a stopped rank is silent, is told so when it wakes, and blames nobody") {
+  World world;
+  for (int rank = 0; rank < 2; ++rank) {
+    world.spawn([rank](Board& board) { return watch(board, rank, others(rank, 2), 0.8); });
+  }
+  REQUIRE(wait_for([&] { return world.board().connected == 2; }));
+  world.board().go = 1;
+  ::kill(world.pid(1), SIGSTOP);
+  REQUIRE(wait_for([&] { return world.board().saw[0] == 1; }));
+  const Board::Seen& seen = world.board().seen[0];
+  CHECK(seen.code == static_cast<int>(StatusCode::kPeerLost));
+  CHECK(seen.rank == 1);
+  CHECK(seen.seconds > 0.5);
+  CHECK(seen.seconds < 4.0);
+  CHECK(std::string(seen.message).find("rank 1 silent for ") == 0);
+  ::kill(world.pid(1), SIGCONT);
+  CHECK(world.join(0) == 0);
+  CHECK(world.join(1) == 0);
+  CHECK(world.board().seen[1].rank == 1);
+  CHECK(std::string(world.board().seen[1].message) == seen.message);
+}
+
+TEST_CASE("a pause of everybody, or one shorter than the timeout, is no failure") {
+  World world;
+  for (int rank = 0; rank < 3; ++rank) {
+    world.spawn([rank](Board& board) {
+      Liveness liveness(config_of(rank, 1.0));
+      join_world(board, liveness, rank, others(rank, 3));
+      wait_for([&] { return board.go != 0; }, 20.0);
+      liveness.goodbye();
+      liveness.wait_goodbyes(10.0);
+      if (liveness.failed()) std::fprintf(stderr, "rank %d: %s\n", rank, liveness.failure().message.c_str());
+      return liveness.failed() ? 1 : 0;
+    });
+  }
+  REQUIRE(wait_for([&] { return world.board().connected == 3; }));
+  ::kill(world.pid(2), SIGSTOP);
+  nap(0.4);
+  ::kill(world.pid(2), SIGCONT);
+  nap(0.3);
+  for (int rank = 0; rank < 3; ++rank) ::kill(world.pid(rank), SIGSTOP);
+  nap(2.0);
+  for (int rank = 0; rank < 3; ++rank) {  // a staggered awakening: the first must not blame the last
+    ::kill(world.pid(rank), SIGCONT);
+    nap(0.25);
+  }
+  nap(0.5);
+  world.board().go = 1;
+  for (int rank = 0; rank < 3; ++rank) CHECK(world.join(rank) == 0);
+}
+
+TEST_CASE("goodbye makes a later end normal") {
+  World world;
+  for (int rank = 0; rank < 3; ++rank) {
+    world.spawn([rank](Board& board) {
+      Liveness liveness(config_of(rank, 0.4));
+      join_world(board, liveness, rank, others(rank, 3));
+      if (rank == 2) {  // leaves early, without waiting
+        liveness.goodbye();
+        return 0;
+      }
+      if (!wait_for([&] { return liveness.peer_said_goodbye(2); })) return 1;
+      nap(1.0);  // longer than the timeout: neither its end nor its silence matters
+      if (liveness.failed() || liveness.peer_said_goodbye(1 - rank)) return 2;
+      ++board.go;
+      wait_for([&] { return board.go == 2; });
+      liveness.goodbye();
+      if (!liveness.wait_goodbyes(10.0)) return 3;
+      return liveness.failed() ? 4 : 0;
+    });
+  }
+  for (int rank = 0; rank < 3; ++rank) CHECK(world.join(rank) == 0);
+}
+
+TEST_CASE("an abort reaches a rank of a 2x2 grid that has no connection to its origin") {
+  World world;
+  for (int rank = 0; rank < 4; ++rank) {
+    std::vector<int> peers = {rank ^ 1, rank ^ 2};  // row and column
+    world.spawn([rank, peers](Board& board) {
+      if (rank != 3) return watch(board, rank, peers, 10.0);
+      Liveness liveness(config_of(rank, 10.0));
+      join_world(board, liveness, rank, peers);
+      wait_for([&] { return board.go != 0; });
+      liveness.abort({StatusCode::kProtocol, 2, 1, 77, 123456789012, "chunk of epoch 76"});
+      liveness.abort({StatusCode::kInternal, 0, -1, -1, -1, "a later one"});
+      ::_exit(0);  // at once, without the destructor: the abort is with the kernel already
+    });
+  }
+  REQUIRE(wait_for([&] { return world.board().connected == 4; }));
+  world.board().go = 1;
+  CHECK(world.join(3) == 0);
+  for (int rank : {0, 1, 2}) {
+    CHECK(world.join(rank) == 0);
+    const Board::Seen& seen = world.board().seen[rank];
+    CHECK(seen.code == static_cast<int>(StatusCode::kProtocol));
+    CHECK(seen.rank == 2);
+    CHECK(seen.phase == 1);
+    CHECK(seen.epoch == 77);
+    CHECK(seen.chunk == 123456789012);
+    CHECK(std::string(seen.message) == "chunk of epoch 76");
+  }
+}
+
+TEST_CASE("a killed rank of a 3x3 grid is named by every rank") {
+  World world;
+  for (int rank = 0; rank < 9; ++rank) {
+    std::vector<int> peers;
+    for (int other : others(rank, 9)) {
+      if (other / 3 == rank / 3 || other % 3 == rank % 3) peers.push_back(other);
+    }
+    world.spawn([rank, peers](Board& board) { return watch(board, rank, peers, 10.0); });
+  }
+  REQUIRE(wait_for([&] { return world.board().connected == 9; }));
+  world.board().go = 1;
+  ::kill(world.pid(4), SIGKILL);
+  for (int rank : others(4, 9)) {
+    CHECK(world.join(rank) == 0);
+    CHECK(world.board().seen[rank].rank == 4);
+    CHECK(world.board().seen[rank].code == static_cast<int>(StatusCode::kPeerLost));
+  }
+}
+
+TEST_CASE("a rank that exits without goodbye has died") {
+  World world;
+  world.spawn([](Board& board) { return watch(board, 0, {1}, 10.0); });
+  world.spawn([](Board& board) {
+    Liveness liveness(config_of(1, 10.0));
+    join_world(board, liveness, 1, {0});
+    wait_for([&] { return board.go != 0; });
+    return 0;
+  });
+  REQUIRE(wait_for([&] { return world.board().connected == 2; }));
+  world.board().go = 1;
+  CHECK(world.join(0) == 0);
+  CHECK(world.board().seen[0].rank == 1);
+}
+
+// From here on threads of this process are the ranks.
+
+TEST_CASE("a missing rank is named when the time is up") {
+  Liveness first(config_of(0, 5.0));
+  Liveness second(config_of(1, 5.0));
+  std::uint16_t dead_port;
+  {
+    Liveness gone(config_of(2, 5.0));
+    dead_port = gone.port();
+  }
+  Status other;
+  std::thread thread([&] {
+    try {
+      second.connect({{0, "127.0.0.1", first.port()}}, kConnectTimeout);
+      wait_for([&] { return second.failed(); });
+      other = second.failure();
+    } catch (const StatusError& error) {
+      other = error.status();
+    }
+  });
+  Status status;
+  auto start = Clock::now();
+  try {
+    first.connect({{1, "127.0.0.1", second.port()}, {2, "127.0.0.1", dead_port}}, 1.0);
+  } catch (const StatusError& error) {
+    status = error.status();
+  }
+  thread.join();
+  CHECK(seconds_since(start) < 3.0);
+  CHECK(status.code == StatusCode::kPeerTimeout);
+  CHECK(status.rank == 2);
+  CHECK(status.message.find("refused") != std::string::npos);
+  CHECK(other.rank == 2);  // the rank that did connect learns it, too
+  CHECK(other.code == StatusCode::kPeerTimeout);
+}
+
+TEST_CASE("a rank that never dials us is named") {
+  Liveness liveness(config_of(3, 5.0));
+  Status status;
+  try {
+    liveness.connect({{1, "127.0.0.1", 1}}, 0.3);
+  } catch (const StatusError& error) {
+    status = error.status();
+  }
+  CHECK(status.code == StatusCode::kPeerTimeout);
+  CHECK(status.rank == 1);
+  CHECK(status.message.find("has not connected") != std::string::npos);
+  CHECK(liveness.failed());
+}
+
+TEST_CASE("a wrong job key is turned away on both sides") {
+  Liveness a(config_of(0, 5.0, "one")), b(config_of(1, 5.0, "two"));
+  Status of_a, of_b;
+  auto dial = [](Liveness& self, int rank, std::uint16_t port, Status& status) {
+    try {
+      self.connect({{rank, "127.0.0.1", port}}, 0.7);
+    } catch (const StatusError& error) {
+      status = error.status();
+    }
+  };
+  std::thread thread([&] { dial(b, 0, a.port(), of_b); });
+  dial(a, 1, b.port(), of_a);
+  thread.join();
+  CHECK(of_a.code == StatusCode::kConfig);
+  CHECK(of_a.rank == 1);
+  CHECK(of_b.code == StatusCode::kPeerTimeout);
+  CHECK(of_b.rank == 0);
+}
+
+TEST_CASE("strangers do not disturb the meeting") {
+  Liveness a(config_of(0, 5.0)), b(config_of(1, 5.0));
+  std::vector<int> strangers;
+  auto knock = [&](const std::string& words) {
+    int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(b.port());
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    REQUIRE(::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+    (void)!::send(fd, words.data(), words.size(), MSG_NOSIGNAL);
+    strangers.push_back(fd);
+  };
+  for (int i = 0; i < 80; ++i) knock("");  // says nothing
+  knock("GET / HTTP/1.1\r\n\r\n");
+  knock(encode_empty(ControlType::kGoodbye));
+  knock(encode_hello({kControlVersion, 0, "wrong"}));
+  knock(encode_hello({kControlVersion + 1, 0, "key"}));
+  knock(encode_hello({kControlVersion, 7, "key"}));  // nobody's peer
+  std::thread thread([&] { b.connect({{0, "127.0.0.1", a.port()}}, kConnectTimeout); });
+  a.connect({{1, "127.0.0.1", b.port()}}, kConnectTimeout);
+  thread.join();
+  CHECK_FALSE(a.failed());
+  CHECK_FALSE(b.failed());
+  for (int fd : strangers) ::close(fd);
+  a.goodbye();
+  b.goodbye();
+}
+
+TEST_CASE("ranks may arrive late, in any order") {
+  constexpr int kRanks = 6;
+  std::vector<std::unique_ptr<Liveness>> ranks;
+  for (int rank = 0; rank < kRanks; ++rank) ranks.push_back(std::make_unique<Liveness>(config_of(rank, 0.3)));
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    threads.emplace_back([&, rank] {
+      nap(0.1 * (rank * 5 % kRanks));
+      std::vector<Liveness::Peer> peers;
+      for (int peer : others(rank, kRanks)) peers.push_back({peer, "localhost", ranks[peer]->port()});
+      ranks[rank]->connect(peers, kConnectTimeout);
+      nap(0.6);
+      ranks[rank]->goodbye();
+      CHECK(ranks[rank]->wait_goodbyes(10.0));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (auto& rank : ranks) CHECK_FALSE(rank->failed());
+}
+
+TEST_CASE("the first failure is sticky and a long message is cut, not lost") {
+  Pair pair(5.0);
+  std::string text(100000, 'x');
+  pair.a->abort({StatusCode::kTransport, 5, 0, 1, 2, "bad \x01 byte " + text});
+  REQUIRE(wait_for([&] { return pair.b->failed(); }));
+  Status status = pair.b->failure();
+  CHECK(status.code == StatusCode::kTransport);
+  CHECK(status.rank == 5);
+  CHECK(status.message.find("bad ? byte xxx") == 0);
+  CHECK(status.message.size() == kMaxAbortText);
+  pair.b->abort({StatusCode::kInternal, 1, -1, -1, -1, "late"});
+  CHECK(pair.b->failure().rank == 5);
+  CHECK(pair.a->failure().message.size() > 100000);
+  CHECK_FALSE(pair.a->wait_goodbyes(10.0));  // at once
+}
+
+TEST_CASE("the destructor is quick, whatever the peer does") {
+  auto start = Clock::now();
+  for (int i = 0; i < 20; ++i) {
+    Pair pair(5.0);
+    if (i % 2 == 0) {
+      pair.a->goodbye();
+      pair.b->goodbye();
+    }
+    if (i % 5 == 0) pair.a->abort({StatusCode::kInternal, 0, -1, -1, -1, "x"});
+  }
+  CHECK(seconds_since(start) < 15.0);
+}
+
+TEST_CASE("without peers there is no thread and an abort is only recorded") {
+  Liveness liveness(config_of(0, 5.0));
+  liveness.connect({}, 0.0);
+  CHECK_FALSE(liveness.failed());
+  CHECK(liveness.wait_goodbyes(0.0));
+  liveness.abort({StatusCode::kClosed, -1, -1, -1, -1, "closed"});
+  CHECK(liveness.failure().code == StatusCode::kClosed);
+  liveness.goodbye();
+}
+
+TEST_CASE("callers of every thread may ask, abort and leave at once") {
+  for (int i = 0; i < 20; ++i) {
+    Pair pair(1.0);
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t) {
+      threads.emplace_back([&, t] {
+        Liveness& self = t % 2 == 0 ? *pair.a : *pair.b;
+        for (int k = 0; k < 200; ++k) {
+          if (self.failed()) CHECK(self.failure().rank >= 100);
+          (void)self.peer_said_goodbye(t % 2 == 0 ? 1 : 0);
+        }
+        self.abort({StatusCode::kInternal, 100 + t, -1, -1, -1, "x"});
+        self.goodbye();
+        self.wait_goodbyes(1.0);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    CHECK(pair.a->failed());
+    CHECK(pair.b->failed());
+  }
+}
+
+TEST_CASE("an idle connection costs next to no CPU") {
+  Pair pair(20.0);
+  timespec before{}, after{};
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before);
+  nap(2.0);
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
+  double cpu_s = static_cast<double>(after.tv_sec - before.tv_sec) + (after.tv_nsec - before.tv_nsec) * 1e-9;
+  CHECK(cpu_s < 0.05);
+  CHECK_FALSE(pair.a->failed());
+  pair.a->goodbye();
+  pair.b->goodbye();
+}
+
+TEST_CASE("a peer that floods or talks nonsense is a protocol error, and never blocks us") {
+  Liveness liveness(config_of(1, 5.0));
+  int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(liveness.port());
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  REQUIRE(::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0);
+  std::string hello = encode_hello({kControlVersion, 0, "key"});
+  for (char byte : hello) {  // partial frames
+    REQUIRE(::send(fd, &byte, 1, MSG_NOSIGNAL) == 1);
+    nap(0.001);
+  }
+  liveness.connect({{0, "", 0}}, kConnectTimeout);
+  std::string beats;
+  for (int i = 0; i < 10000; ++i) beats += encode_empty(ControlType::kHeartbeat);
+  REQUIRE(::send(fd, beats.data(), beats.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(beats.size()));
+  nap(0.1);
+  CHECK_FALSE(liveness.failed());
+  std::string abort = encode_abort({StatusCode::kInternal, 0, 0, 0, 0, "text"});
+  abort[4] = 99;  // no such code
+  (void)!::send(fd, abort.data(), abort.size(), MSG_NOSIGNAL);
+  REQUIRE(wait_for([&] { return liveness.failed(); }));
+  CHECK(liveness.failure().code == StatusCode::kProtocol);
+  CHECK(liveness.failure().rank == 0);
+  ::close(fd);
+}
+
+TEST_CASE("frames are bounded and checked") {
+  std::string buffer = encode_hello({kControlVersion, 4, "k"}) + encode_empty(ControlType::kHeartbeat).substr(0, 3);
+  ControlFrame frame;
+  ControlHello hello;
+  CHECK(take_frame(buffer, frame) == FrameResult::kFrame);
+  CHECK(decode_hello(frame.payload, hello));
+  CHECK(hello.rank == 4);
+  CHECK(hello.job_key == "k");
+  CHECK(take_frame(buffer, frame) == FrameResult::kPartial);
+  std::string unknown("\x09\0\0\0", 4), reserved("\x02\1\0\0", 4), huge("\x02\0\xff\xff", 4);
+  for (std::string bad : {unknown, reserved, huge}) {
+    CHECK(take_frame(bad, frame) == FrameResult::kMalformed);
+  }
+  CHECK_FALSE(decode_hello("", hello));
+  CHECK_FALSE(decode_hello("abcdefghijklmnop", hello));
+  Status status;
+  CHECK_FALSE(decode_abort("short", status));
+  std::string odd = encode_abort({StatusCode::kInternal, -7, 9, -5, -6, "m"});
+  CHECK(take_frame(odd, frame) == FrameResult::kFrame);
+  CHECK(decode_abort(frame.payload, status));
+  CHECK(status.rank == -1);
+  CHECK(status.phase == -1);
+}

@@ -1,0 +1,81 @@
+"""Runs our Triton kernels on the CPU: imports them for the interpreter, and repairs its casts.
+
+As shipped (3.6 to 3.9) the interpreter truncates fp32 -> bf16, loses the carry of fp32 -> e4m3 and truncates its
+subnormals, and reads an e4m3 NaN as 480. test_interpreter.py proves the repair.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _import_kernels() -> None:
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    import moe_efa.triton_kernels as package
+
+    modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    if any(isinstance(value, JITFunction) for module in modules for value in vars(module).values()):
+        raise pytest.UsageError(f"Triton {triton.__version__} or a kernel was imported before TRITON_INTERPRET was set")
+
+
+def _repair_casts() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter
+
+    torch_dtypes = {
+        tl.float8e4nv: torch.float8_e4m3fn,
+        tl.float8e5: torch.float8_e5m2,
+        tl.bfloat16: torch.bfloat16,
+        tl.float16: torch.float16,
+        tl.float32: torch.float32,
+        tl.float64: torch.float64,
+    }
+    shipped = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if source not in torch_dtypes or target not in torch_dtypes or rounding_mode == ir.ROUNDING_MODE.RTZ:
+            return shipped(values, source, target, rounding_mode)
+        as_bytes = torch.from_numpy(np.ascontiguousarray(values).view(np.uint8).reshape(-1).copy())
+        numbers = as_bytes.view(torch_dtypes[source])
+        if target.primitive_bitwidth == 8:  # as the hardware does
+            largest = torch.finfo(torch_dtypes[target]).max
+            numbers = numbers.to(torch.float32).clamp(-largest, largest)
+        bits = numbers.to(torch_dtypes[target]).view(torch.uint8).numpy()
+        return bits.view(getattr(np, f"uint{target.primitive_bitwidth}")).reshape(np.shape(values))
+
+    interpreter._convert_float = convert
+
+
+if DEVICE == "cpu":
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        _import_kernels()
+    _repair_casts()
+
+
+@pytest.fixture(autouse=True)
+def interpreter_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels that a test defines are interpreted too."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    yield
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU, or the CPU under the interpreter."""
+    return torch.device(DEVICE)
