@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 class GroupConfig:
+    warn_after_s: float
+
     def __init__(
         self,
         *,

@@ -121,7 +121,9 @@ py::dict info_dict(const runtime::GroupInfo& info) {
 
 void bind_group(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::class_<GroupConfig>(module, "GroupConfig").def(py::init(&make_config));
+  py::class_<GroupConfig>(module, "GroupConfig")
+      .def(py::init(&make_config))
+      .def_readwrite("warn_after_s", &GroupConfig::warn_after_s);
 
   py::class_<kernels::Plan, PlanPtr>(module, "Plan")
       .def_readonly("plan_id", &kernels::Plan::plan_id)

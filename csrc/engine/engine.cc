@@ -27,8 +27,8 @@ constexpr std::uint64_t kIdSeqMask = (1ull << kIdNicShift) - 1;
 }  // namespace
 
 std::uint64_t max_inbound_events(const proto::LayoutConfig& layout) {
-  // From each rail peer: S chunks and S credits per phase, counts of two live epochs per phase, one hello.
-  std::uint64_t per_peer = kNumPhases * (2ull * layout.slots + 2) + 1;
+  // From each rail peer: S chunks, S credits and overtaken ones per phase, counts of two live epochs per phase, one hello.
+  std::uint64_t per_peer = kNumPhases * (2ull * layout.slots + kMaxCreditsInFlight + 2) + 1;
   return (layout.num_nodes - 1) * per_peer;
 }
 
@@ -181,6 +181,7 @@ void Engine::on_posted(const Write& write) {
       credits_due_.pop_front();
       ring.credit_due = false;
       ring.credited = std::max(ring.credited, ring.released);
+      ++ring.credits_inflight;
       ++stats_.credits_out;
       consider_credit(phase, write.peer_node);
       break;
@@ -238,6 +239,9 @@ void Engine::on_write_done(std::uint64_t id) {
       if ((sent.epoch & kIdSeqMask) == seq) sent.counts_done = true;
     }
     update_retired(phase);
+  } else if (kind == WriteKind::kCredit) {
+    --receive_ring(phase, node).credits_inflight;
+    consider_credit(phase, node);
   }
 }
 
@@ -435,7 +439,9 @@ void Engine::on_released(Phase phase, std::uint32_t node, std::uint64_t num_chun
 void Engine::consider_credit(Phase phase, std::uint32_t node) {
   ReceiveRing& ring = receive_ring(phase, node);
   std::uint64_t owed = ring.released - ring.credited;
-  if (owed == 0 || ring.credit_due) return;
+  // A credit that a later one overtook stays under way while the peer sends on: without this limit such stragglers
+  // would add up beyond any completion queue (I12). The completion of one of them comes back here.
+  if (owed == 0 || ring.credit_due || ring.credits_inflight >= kMaxCreditsInFlight) return;
   // A batch, or whatever is left when nothing more is in the ring: no credit waits for traffic that may never come.
   bool drained = ring.released == ring.arrived && !mutant(Mutant::kLastCreditKept);
   if (owed < credit_batch_ && !drained) return;

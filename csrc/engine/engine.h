@@ -55,6 +55,9 @@ struct EngineStats {
   std::uint64_t wire_bytes[proto::kNumPhases] = {0, 0};  // posted, headers and metadata included
 };
 
+// Credits of one ring that may be under way at a time: as many as the batches of S / 4 that make up a whole ring.
+inline constexpr std::uint32_t kMaxCreditsInFlight = 4;
+
 // Immediates that can be on their way to one rank at most, and so the least size of its completion queue (I12).
 std::uint64_t max_inbound_events(const proto::LayoutConfig& layout);
 
@@ -113,6 +116,7 @@ class Engine {
   struct ReceiveRing {
     std::uint64_t released = 0, credited = 0, arrived = 0;
     std::vector<std::uint64_t> landed;  // per slot: sequence number + 1 of the last arrival
+    std::uint32_t credits_inflight = 0;  // posted, not completed
     bool credit_due = false;
   };
   struct Nic {

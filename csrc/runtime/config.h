@@ -23,6 +23,7 @@ struct GroupConfig {
   std::string provider;                // of libfabric; empty = the best present
   double timeout_s = 600;
   double heartbeat_timeout_s = 20;
+  double warn_after_s = 30;            // a call that waits so long says for whom, once
   std::uint64_t memory_budget_bytes = 1ull << 30;
   std::string job_key;                 // equal on all ranks, unique to this group
   std::string listen_host = "127.0.0.1";

@@ -21,7 +21,6 @@ using proto::Phase;
 
 namespace {
 
-constexpr double kWarnAfterS = 30;        // a call that waits so long says for whom, once
 constexpr double kPatienceS = 0.5;        // before a call asks whom it waits for
 constexpr double kVerdictS = 0.5;         // after an error of a rail: for the failure detector to say what happened
 constexpr double kFarewellS = 1;          // more than the others wait, so that who knows the culprit speaks first
@@ -260,7 +259,7 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
   auto status_of = [&](StatusCode code, int rank, const std::string& text) {
     return Status{code, rank, static_cast<int>(phase), epoch, waiting.chunk, text};
   };
-  if (idle_s > kWarnAfterS && !*warned) {
+  if (idle_s > config_.warn_after_s && !*warned) {
     *warned = true;
     std::ostringstream text;
     text << "waiting for " << static_cast<int>(idle_s) << " s in " << proto::phase_name(phase) << " epoch " << epoch

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -313,6 +314,28 @@ TEST_CASE("a rank that exits without goodbye has died") {
   CHECK(world.board().seen[0].rank == 1);
 }
 
+TEST_CASE("a silent rank is suspected before it is lost, also by ranks that have no connection to it") {
+  World world;
+  for (int rank = 0; rank < 4; ++rank) {  // a 2x2 grid; rank 1 stops, 2 has no connection to it
+    std::vector<int> peers = {rank ^ 1, rank ^ 2};
+    world.spawn([rank, peers](Board& board) {
+      Liveness liveness(config_of(rank, 4.0));
+      join_world(board, liveness, rank, peers);
+      if (liveness.suspect() != -1) return 1;
+      if (rank == 1) wait_for([] { return false; }, 20.0);
+      if (!wait_for([&] { return liveness.suspect() == 1; })) return 2;
+      if (liveness.failed()) return 3;
+      ++board.go;
+      wait_for([&] { return board.go == 3; });
+      return 0;
+    });
+  }
+  REQUIRE(wait_for([&] { return world.board().connected == 4; }));
+  nap(0.3);
+  ::kill(world.pid(1), SIGSTOP);
+  for (int rank : {0, 2, 3}) CHECK(world.join(rank) == 0);
+}
+
 // From here on threads of this process are the ranks.
 
 TEST_CASE("a missing rank is named when the time is up") {
@@ -429,6 +452,55 @@ TEST_CASE("ranks may arrive late, in any order") {
   }
   for (std::thread& thread : threads) thread.join();
   for (auto& rank : ranks) CHECK_FALSE(rank->failed());
+}
+
+TEST_CASE("a goodbye tells how far its rank came, and who is missing is named with the reason") {
+  Pair pair(1.0);
+  CHECK_FALSE(pair.a->any_goodbye());
+  CHECK_FALSE(pair.a->goodbye_of(1).has_value());
+  CHECK(pair.a->missing_goodbye().code == StatusCode::kPeerTimeout);
+  CHECK(pair.a->missing_goodbye().rank == 1);
+  pair.b->goodbye(1234567890123);
+  pair.b->goodbye(5);  // the first counts
+  REQUIRE(wait_for([&] { return pair.a->any_goodbye(); }));
+  REQUIRE(wait_for([&] { return pair.a->goodbye_of(1).has_value(); }));
+  CHECK(*pair.a->goodbye_of(1) == 1234567890123);
+  CHECK_FALSE(pair.a->goodbye_of(7).has_value());
+  CHECK(pair.a->missing_goodbye().ok());
+  pair.a.reset();  // dies without a goodbye, which is no failure to one who has left
+  REQUIRE(wait_for([&] { return pair.b->missing_goodbye().code == StatusCode::kPeerLost; }));
+  CHECK(pair.b->missing_goodbye().rank == 0);
+  CHECK(pair.b->missing_goodbye().message == "rank 0 died (control connection closed)");
+  CHECK_FALSE(pair.b->failed());
+}
+
+TEST_CASE("farewells arrive when both have said them") {
+  Pair pair(5.0);
+  pair.a->goodbye();
+  pair.b->goodbye();
+  CHECK(pair.a->wait_goodbyes(10.0));
+  CHECK(pair.b->wait_goodbyes(10.0));
+  pair.a->farewell();
+  CHECK_FALSE(pair.a->wait_farewells(0.1));
+  CHECK(pair.b->wait_farewells(10.0));
+  pair.b->farewell();
+  CHECK(pair.a->wait_farewells(10.0));
+  CHECK_FALSE(pair.a->failed());
+}
+
+TEST_CASE("what poll throws ends connect, and the destructor is still quick") {
+  auto start = Clock::now();
+  {
+    Liveness liveness(config_of(0, 5.0));
+    int calls = 0;
+    auto poll = [&] {
+      liveness.failed();
+      if (++calls == 3) throw std::runtime_error("interrupted");
+    };
+    CHECK_THROWS_AS(liveness.connect({{1, "127.0.0.1", 1}}, 20.0, poll), std::runtime_error);
+    CHECK(calls == 3);
+  }
+  CHECK(seconds_since(start) < 3.0);
 }
 
 TEST_CASE("the first failure is sticky and a long message is cut, not lost") {

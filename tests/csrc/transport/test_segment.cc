@@ -20,7 +20,6 @@
 #include <string>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #include "common/status.h"
 #include "transport/segment.h"
@@ -46,6 +45,28 @@ int in_child(const std::function<int()>& body) {
   ::waitpid(pid, &status, 0);
   return WIFEXITED(status) ? WEXITSTATUS(status) : 100 + WTERMSIG(status);
 }
+// A child that runs until it is killed, whatever becomes of the test.
+class Background {
+ public:
+  explicit Background(const std::function<void()>& body) : pid_(::fork()) {
+    if (pid_ == 0) {
+      body();
+      ::_exit(0);
+    }
+  }
+  ~Background() { kill(); }
+  Background(const Background&) = delete;
+  Background& operator=(const Background&) = delete;
+  void kill() {
+    if (pid_ <= 0) return;
+    ::kill(pid_, SIGKILL);
+    ::waitpid(pid_, nullptr, 0);
+    pid_ = -1;
+  }
+
+ private:
+  pid_t pid_;
+};
 std::string error_of(const std::function<void()>& body) {
   try {
     body();
@@ -149,18 +170,16 @@ TEST_CASE("a dead owner's name can be taken, and a mate's mapping of it does not
   std::string name = unique_name("reuse");
   int pipe_fds[2];
   REQUIRE(::pipe(pipe_fds) == 0);
-  pid_t pid = ::fork();
-  if (pid == 0) {
+  Background first([&] {
     Segment segment = Segment::create(name, 4096);
     segment.data()[0] = std::byte{1};
     (void)!::write(pipe_fds[1], "x", 1);
     ::pause();
-  }
+  });
   char byte;
   REQUIRE(::read(pipe_fds[0], &byte, 1) == 1);
   Segment mate = Segment::open(name, 4096);
-  ::kill(pid, SIGKILL);
-  ::waitpid(pid, nullptr, 0);
+  first.kill();
   Segment owner = Segment::create(name, 4096);
   CHECK(owner.data()[0] == std::byte{0});
   CHECK(mate.data()[0] == std::byte{1});
@@ -232,14 +251,10 @@ TEST_CASE("a small /dev/shm is an error and not a SIGBUS") {
 }
 
 TEST_CASE("sweepers at work never take a segment away from its creator") {
-  std::vector<pid_t> sweepers;
-  for (int i = 0; i < 3; ++i) {
-    pid_t pid = ::fork();
-    if (pid == 0) {
-      while (true) sweep_stale_segments();
-    }
-    sweepers.push_back(pid);
-  }
+  auto sweep = [] {
+    while (true) sweep_stale_segments();
+  };
+  Background sweeper_a(sweep), sweeper_b(sweep), sweeper_c(sweep);
   std::string name = unique_name("race");
   bool all_there = true;
   for (int i = 0; i < 2000 && all_there; ++i) {
@@ -249,10 +264,6 @@ TEST_CASE("sweepers at work never take a segment away from its creator") {
     all_there = exists(name) && mate.data()[0] == owner.data()[0];
   }
   CHECK(all_there);
-  for (pid_t pid : sweepers) {
-    ::kill(pid, SIGKILL);
-    ::waitpid(pid, nullptr, 0);
-  }
   CHECK_FALSE(exists(name));
 }
 

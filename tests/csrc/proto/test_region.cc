@@ -1,0 +1,154 @@
+// The region's layout: everything aligned, inside the region and disjoint; the chunk sizes fit their slots.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "proto/chunk.h"
+#include "proto/region.h"
+
+using namespace moe_efa::proto;
+
+namespace {
+
+struct Extent {
+  std::uint64_t begin, end;
+  std::string name;
+};
+
+// Every range that the layout hands out, each once.
+std::vector<Extent> all_extents(const RegionLayout& layout) {
+  const LayoutConfig& config = layout.config();
+  std::vector<Extent> extents;
+  auto take = [&](std::uint64_t begin, std::uint64_t bytes, const std::string& name) {
+    extents.push_back({begin, begin + bytes, name});
+  };
+  for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
+    take(layout.begun(phase), 8, "begun");
+    take(layout.retired(phase), 8, "retired");
+    for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+      take(layout.send_free(phase, node), 8, "send_free");
+      for (std::uint32_t reader = 0; reader < config.node_size; ++reader) {
+        take(layout.released(phase, node, reader), 8, "released");
+      }
+      for (std::uint64_t epoch = 0; epoch < 2; ++epoch) {
+        take(layout.counts_ready(phase, node, epoch), 8, "counts_ready");
+        take(layout.counts(phase, node, epoch), layout.counts_bytes(), "counts");
+        take(layout.counts_send(phase, node, epoch), layout.counts_bytes(), "counts_send");
+      }
+      for (std::uint64_t seq = 0; seq < layout.ring_slots(node); ++seq) {
+        take(layout.arrived(phase, node, seq), 8, "arrived");
+        take(layout.ring_slot(phase, node, seq), layout.slot_bytes(phase), "ring slot");
+      }
+      if (node == layout.own_node()) continue;
+      for (std::uint64_t seq = 0; seq < config.slots; ++seq) {
+        take(layout.send_slot(phase, node, seq), layout.slot_bytes(phase), "send slot");
+      }
+    }
+  }
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    take(layout.consumed(node), 8, "consumed");
+    for (std::uint32_t mate = 0; mate < config.node_size; ++mate) {
+      take(layout.published(mate, node), 8, "published");
+      for (std::uint64_t seq = 0; seq < config.publish_slots; ++seq) {
+        take(layout.publish_slot(mate, node, seq), layout.slot_bytes(Phase::kCombine), "publish slot");
+      }
+    }
+  }
+  return extents;
+}
+
+void check_layout(const LayoutConfig& config) {
+  std::uint64_t total = RegionLayout(config, 0).total_bytes();
+  for (std::uint32_t own = 0; own < config.num_nodes; ++own) {
+    RegionLayout layout(config, own);
+    REQUIRE(layout.total_bytes() == total);  // the same on every rank (I15)
+    std::vector<Extent> extents = all_extents(layout);
+    std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+    for (std::size_t i = 0; i < extents.size(); ++i) {
+      REQUIRE(extents[i].end <= total);
+      bool word = extents[i].end - extents[i].begin == 8;
+      REQUIRE((extents[i].end <= layout.flag_bytes()) == word);
+      REQUIRE(extents[i].begin % (word ? 64 : 128) == 0);  // a word has its line for itself
+      if (i > 0) {
+        INFO(extents[i - 1].name, " and ", extents[i].name);
+        REQUIRE(extents[i].begin >= extents[i - 1].end);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("region-has-no-overlaps") {
+  for (std::uint32_t nodes : {1u, 2u, 3u, 8u}) {
+    for (std::uint32_t mates : {1u, 2u, 5u}) {
+      for (std::uint32_t slots : {1u, 2u, 7u}) {
+        LayoutConfig config;
+        config.num_nodes = nodes;
+        config.node_size = mates;
+        config.experts_per_rank = 1 + slots * 5;
+        config.top_k = 3;
+        config.hidden_size = 9 * slots;
+        config.combine_dtype = DType::kBf16;
+        config.chunk_rows = 4 + slots;
+        config.slots = slots;
+        config.own_slots = 8 - slots;
+        config.publish_slots = slots + 1;
+        check_layout(config);
+      }
+    }
+  }
+}
+
+TEST_CASE("region-slots-repeat-after-s") {
+  LayoutConfig config;
+  config.num_nodes = 3;
+  config.slots = 4;
+  config.own_slots = 3;
+  config.publish_slots = 2;
+  RegionLayout layout(config, 1);
+  CHECK(layout.ring_slot(Phase::kDispatch, 0, 5) == layout.ring_slot(Phase::kDispatch, 0, 1));
+  CHECK(layout.ring_slot(Phase::kDispatch, 1, 5) == layout.ring_slot(Phase::kDispatch, 1, 2));
+  CHECK(layout.send_slot(Phase::kCombine, 2, 7) == layout.send_slot(Phase::kCombine, 2, 3));
+  CHECK(layout.publish_slot(0, 2, 3) == layout.publish_slot(0, 2, 1));
+  CHECK(layout.counts(Phase::kDispatch, 2, 9) == layout.counts(Phase::kDispatch, 2, 1));
+}
+
+TEST_CASE("the-largest-chunk-fits-its-slot") {
+  for (DType dtype : {DType::kBf16, DType::kFp32}) {
+    for (std::uint32_t hidden : {1u, 7u, 8u, 40u}) {
+      LayoutConfig config;
+      config.top_k = 5;
+      config.hidden_size = hidden;
+      config.chunk_rows = 7;
+      config.dispatch_dtype = config.combine_dtype = dtype;
+      RegionLayout layout(config, 0);
+      std::uint64_t row = hidden_row_bytes(hidden, dtype);
+      CHECK(row % 16 == 0);
+      CHECK(dispatch_chunk_bytes(false, 7, 35, row) <= layout.slot_bytes(Phase::kDispatch));
+      CHECK(dispatch_chunk_bytes(true, 7, 0, row) <= layout.slot_bytes(Phase::kDispatch));
+      CHECK(combine_chunk_bytes(true, 7, 5, row) <= layout.slot_bytes(Phase::kCombine));
+    }
+  }
+}
+
+TEST_CASE("rows-per-chunk-stays-between-eight-and-chunk-rows") {
+  CHECK(rows_per_chunk(1, 1, 64) == 8);
+  CHECK(rows_per_chunk(32, 1, 64) == 16);
+  CHECK(rows_per_chunk(33, 1, 64) == 17);
+  CHECK(rows_per_chunk(33, 4, 64) == 8);
+  CHECK(rows_per_chunk(1'000'000, 1, 64) == 64);
+  CHECK(rows_per_chunk(1'000'000, 1, 3) == 3);
+}
+
+TEST_CASE("topology-counts-ranks-node-by-node") {
+  Topology topology{12, 4, 6};
+  CHECK(topology.num_nodes() == 3);
+  CHECK(topology.node() == 1);
+  CHECK(topology.local_rank() == 2);
+  CHECK(topology.rail_peer(2) == 10);
+  CHECK(topology.rank_of(0, 3) == 3);
+}

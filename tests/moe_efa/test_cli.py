@@ -1,0 +1,178 @@
+"""The command `moe-efa`: doctor and plan, their JSON and exit status, and how a launch is recognised."""
+
+import json
+
+import pytest
+
+from moe_efa import _C, ConfigError, ExpertParallelConfig, bench, cli, doctor, env, plan
+
+LAUNCH_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NODELIST",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_ID",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def healthy_facts():
+    return {
+        "build": {"libfabric_built": True},
+        "libfabric": {"found": True, "path": "/opt/lib/libfabric.so.1", "version": "2.3", "error": ""},
+        "providers": ["efa", "tcp"],
+        "efa_devices": ["rdmap0s6"],
+        "shm": {"bytes": 64 << 30, "free_bytes": 64 << 30},
+        "memlock_bytes": None,
+        "torch": {"version": "2.13.0+cpu", "gloo": True},
+    }
+
+
+def test_doctor_json_has_facts_problems_and_a_matching_exit_status(capsys):
+    status = cli.main(["doctor", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts) >= {"build", "libfabric", "providers", "efa_devices", "shm", "memlock_bytes", "cores", "torch"}
+    assert facts["libfabric"]["found"] == _C.build_info(**bench.libfabric.search_path())["libfabric_found"]
+    assert status == (0 if facts["ok"] else 1)
+    assert facts["ok"] == all(problem["severity"] != "error" for problem in facts["problems"])
+
+
+def test_doctor_table_ends_with_a_verdict(capsys):
+    status = cli.main(["doctor"])
+    text = capsys.readouterr().out
+    assert "libfabric" in text
+    assert ("standalone use works here" in text) == (status == 0)
+
+
+def test_a_healthy_host_has_no_problems():
+    assert doctor.find_problems(healthy_facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "word", "cure"),
+    [
+        ({"build": {"libfabric_built": False}}, "error", "headers", "libfabric-dev"),
+        ({"libfabric": {"found": False, "error": "", "path": ""}}, "error", "not found", "MOE_EFA_LIBFABRIC"),
+        ({"providers": []}, "error", "no provider", "tcp"),
+        ({"providers": ["tcp"]}, "error", "no efa provider", "/opt/amazon/efa"),
+        ({"shm": None}, "error", "/dev/shm", "mount"),
+        ({"shm": {"bytes": 64 << 20, "free_bytes": 64 << 20}}, "warning", "64 MiB", "--shm-size"),
+        ({"memlock_bytes": 8 << 20}, "error", "ulimit -l", "memlock"),
+        ({"torch": {"version": "2.6.0", "gloo": True}}, "warning", "older", "upgrade"),
+        ({"torch": {"version": "2.13.0", "gloo": False}}, "error", "gloo", "install torch"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_every_problem_comes_with_its_cure(change, severity, word, cure):
+    problem = doctor.find_problems(healthy_facts() | change)[0]
+    assert problem.severity == severity
+    assert word in problem.text
+    assert cure in problem.cure
+
+
+def test_locked_memory_matters_only_with_efa():
+    assert doctor.find_problems(healthy_facts() | {"efa_devices": [], "memlock_bytes": 8 << 20}) == []
+
+
+def test_efa_devices_are_those_of_amazon(tmp_path):
+    for name, vendor in (("rdmap0s6", "0x1d0f"), ("mlx5_0", "0x15b3"), ("efa_1", "0x1d0f")):
+        (tmp_path / name / "device").mkdir(parents=True)
+        (tmp_path / name / "device" / "vendor").write_text(vendor + "\n")
+    assert doctor.find_efa_devices(tmp_path) == ["efa_1", "rdmap0s6"]
+    assert doctor.find_efa_devices(tmp_path / "absent") == []
+
+
+def test_plan_json_holds_what_the_native_extension_chooses(capsys):
+    arguments = "plan --json --ranks 4 --node-size 2 --hidden 2048 --topk 8 --experts 32 --max-tokens 1024"
+    assert cli.main(arguments.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = _C.plan_memory(
+        _C.GroupConfig(
+            rank=0, num_ranks=4, node_size=2, num_experts=32, hidden_size=2048, top_k=8, max_tokens_per_rank=1024
+        )
+    )
+    assert {name: found[name] for name in expected} == expected
+    assert (found["nodes"], found["ranks"], found["memory_budget_bytes"]) == (2, 4, 1 << 30)
+
+
+def test_plan_stays_within_the_budget(capsys):
+    assert cli.main(["plan", "--json", "--memory-budget", "64MiB"]) == 0
+    assert json.loads(capsys.readouterr().out)["registered_bytes"] <= 64 << 20
+
+
+def test_plan_table_names_every_size(capsys):
+    assert cli.main(["plan"]) == 0
+    text = capsys.readouterr().out
+    for word in ("registered per rank", "chunk rows", "slots per ring", "completion queue"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("--memory-budget 1MiB", "need at least"),
+        ("--experts 100", "not a multiple"),
+        ("--ranks 12", "node_size=8"),
+        ("--topk 0", "top_k"),
+    ],
+)
+def test_plan_says_why_a_configuration_cannot_work(arguments, word, capsys):
+    assert cli.main(["plan", *arguments.split()]) == 1
+    assert word in capsys.readouterr().err
+
+
+def test_plan_of_one_node_needs_no_node_size():
+    config = ExpertParallelConfig(num_experts=8, hidden_size=64, top_k=2, max_tokens_per_rank=16)
+    assert plan.plan_memory(4, config).as_dict()["nodes"] == 1
+
+
+def test_bench_names_what_to_install_without_libfabric(monkeypatch, tmp_path, capsys):
+    absent = {"libfabric_found": False, "libfabric_built": True, "libfabric_error": "no such file"}
+    monkeypatch.setattr(bench._C, "build_info", lambda **_: absent)
+    assert cli.main(["bench"]) == 1
+    text = capsys.readouterr().err
+    assert "libfabric1" in text
+    assert "--transport shm" in text
+
+
+def test_alone_means_no_launch():
+    assert env.launch() is None
+
+
+def test_torchrun_is_recognised(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert env.launch() == env.Launch(3, 8, "env://")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[007-010,12],login", "gpu007"), ("a1,a2", "a1"), ("n[3,5]-ib", "n3-ib"), ("single", "single")],
+)
+def test_srun_is_recognised(monkeypatch, nodes, host):
+    for name, value in (("PROCID", "5"), ("NTASKS", "16"), ("STEP_NODELIST", nodes), ("JOB_ID", "12042")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert env.launch() == env.Launch(5, 16, f"tcp://{host}:29542")
+
+
+def test_srun_without_a_host_is_an_error(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST"):
+        env.launch()
+
+
+def test_one_srun_task_starts_its_own_ranks(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert env.launch() is None
