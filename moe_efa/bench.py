@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from moe_efa import _C, env, libfabric, reference
 from moe_efa._version import __version__
+from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ConfigError, TransportError
 from moe_efa.expert_parallel import ExpertParallel
 from moe_efa.handle import DispatchResult
@@ -72,8 +73,8 @@ class BenchConfig:
     topk: int = 8
     experts: int = 32
     dtype: str = "bf16"
-    iters: int = 20
-    warmup: int = 3
+    iters: int = 10
+    warmup: int = 2
     seed: int = 0
     baseline: bool = True
 
@@ -83,8 +84,20 @@ class BenchConfig:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.warmup < 0:
             raise ConfigError(f"--warmup must not be negative: {self.warmup}")
-        if self.topk > self.experts:
-            raise ConfigError(f"--topk {self.topk} is more than --experts {self.experts}")
+        self.expert_parallel().check_num_ranks(self.ranks)
+
+    def expert_parallel(self, **changes: Any) -> ExpertParallelConfig:
+        """The configuration of the measured group."""
+        fields: dict[str, Any] = {
+            "num_experts": self.experts,
+            "hidden_size": self.hidden,
+            "top_k": self.topk,
+            "max_tokens_per_rank": self.tokens,
+            "node_size": self.node_size,
+            "transport": self.transport,
+            "provider": self.provider,
+        }
+        return ExpertParallelConfig(**(fields | changes))
 
 
 # --- the command
@@ -177,7 +190,7 @@ def _run_local(config: BenchConfig, json_target: str | None) -> int:
     # Ranks are forked from a clean server that has imported torch once.
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "moe_efa.bench"])
     with tempfile.TemporaryDirectory(prefix="moe_efa_bench_") as folder:
-        context = torch.multiprocessing.start_processes(
+        context = start_processes(
             _run_local_rank,
             (config, json_target, f"file://{folder}/store"),
             nprocs=config.ranks,
@@ -192,7 +205,7 @@ def _run_local(config: BenchConfig, json_target: str | None) -> int:
             _end(context.processes)
             print("interrupted", file=sys.stderr)
             return _INTERRUPTED
-        except torch.multiprocessing.ProcessExitedException as error:
+        except ProcessExitedException as error:
             _end(context.processes)
             if error.signal_name is not None:
                 print(f"error: rank {error.error_index} was ended by {error.signal_name}", file=sys.stderr)
@@ -340,17 +353,14 @@ def check_small(config: BenchConfig, group: dist.ProcessGroup) -> str:
     }
     everyone = [make_inputs(r, dtype=config.dtype, seed=config.seed, **shape) for r in range(num_ranks)]
     mine = everyone[rank]
-    with ExpertParallel(
-        group,
+    arguments: dict[str, Any] = config.expert_parallel(
         num_experts=shape["experts"],
         hidden_size=shape["hidden"],
         top_k=shape["topk"],
         max_tokens_per_rank=shape["tokens"],
-        node_size=config.node_size,
-        transport=config.transport,
-        provider=config.provider,
         chunk_rows=8,
-    ) as ep:
+    ).as_dict()
+    with ExpertParallel(group, **arguments) as ep:
         d = ep.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
         y = _apply_experts(d, rank * ep.num_local_experts, shape["experts"])
         out = ep.combine(y, d.handle)
@@ -597,8 +607,6 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     progress = Progress(rounds * (4 if config.baseline else 1), visible=rank == 0)
     timer = Timer(group, progress)
 
-    if config.experts % num_ranks:
-        raise ConfigError(f"--experts {config.experts} is not a multiple of the {num_ranks} ranks")
     progress.stage("checking a small shape")
     small = check_small(config, group)
     mine = make_inputs(
@@ -627,16 +635,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         progress.stage("torch.distributed, before moe_efa has any thread")
         torch_timings["before"] = timer.repeat(torch_round, warmup=config.warmup, iters=config.iters)
 
-    with ExpertParallel(
-        group,
-        num_experts=config.experts,
-        hidden_size=config.hidden,
-        top_k=config.topk,
-        max_tokens_per_rank=config.tokens,
-        node_size=config.node_size,
-        transport=config.transport,
-        provider=config.provider,
-    ) as ep:
+    arguments: dict[str, Any] = config.expert_parallel().as_dict()
+    with ExpertParallel(group, **arguments) as ep:
         progress.stage("checking the measured shape")
         error_of_bound = check_full(config, group, ep, mine)
         if config.baseline:

@@ -111,11 +111,11 @@ class NativeGroup:
         with self._lock:
             if self._closed is None:
                 collective = self.usable
-                self._set_closed(ClosedError("the native group was closed"))
+                native = self._take_native(ClosedError("the native group was closed"))
                 if collective:
-                    self._native.close(collective=True, timeout_s=self.config.timeout_s)
+                    native.close(collective=True, timeout_s=self.config.timeout_s)
                 else:
-                    rendezvous.discard(self._native)
+                    rendezvous.discard(native)
 
     def abort(self, message: str) -> None:
         """Fail the group on every rank, so that nobody waits for this one, and close it here."""
@@ -130,17 +130,21 @@ class NativeGroup:
             return
         try:
             if self._closed is None:
-                self._set_closed(reason or ClosedError("the process is ending"))
+                native = self._take_native(reason or ClosedError("the process is ending"))
                 if reason is not None:
-                    self._native.abort(str(reason))
-                rendezvous.discard(self._native)
+                    native.abort(str(reason))
+                rendezvous.discard(native)
         finally:
             self._lock.release()
 
-    def _set_closed(self, reason: Exception) -> None:
+    def _take_native(self, reason: Exception) -> _C.Group:
+        """Mark this closed and hand out the native group, whose memory goes with the last reference to it."""
+        native = self._native
+        del self._native  # handles keep self alive
         self._closed = reason
         self.usable = False
         _forget(self)
+        return native
 
     def _dispatch(self, args: _C.DispatchArgs, x: Tensor, *, with_weights: bool) -> tuple[_C.Plan, Tensor, Tensor]:
         with self._call():

@@ -102,13 +102,13 @@ class Rendezvous:
         """Raise if another rank gave up or died."""
         if self.native is not None:
             self.native.check()
-        for rank, pid in self._pids.items():
-            if _is_dead(pid):
-                raise PeerLostError(f"rank {rank} (process {pid}) died during construction", rank=rank)
+        dead = [rank for rank, pid in self._pids.items() if _is_dead(pid)]
         if self._store is not None and self._store.check([f"{self._prefix}/gave_up"]):
             rank, text = pickle.loads(self._store.get(f"{self._prefix}/gave_up"))
             if rank != self.rank:
                 raise TransportError(f"rank {rank} gave up during construction: {text}", rank=rank)
+        for rank in dead:  # and had not given up before
+            raise PeerLostError(f"rank {rank} (process {self._pids[rank]}) died during construction", rank=rank)
 
     def give_up(self, error: BaseException) -> None:
         """Tell the others, who may be waiting, that this rank has left. Errors that every rank finds need none."""

@@ -10,6 +10,7 @@
 #include "common/check.h"
 #include "common/log.h"
 #include "kernels/cpu/plan.h"
+#include "runtime/huge_pages.h"
 #include "runtime/rails.h"
 
 namespace moe_efa::runtime {
@@ -230,9 +231,12 @@ void Group::fail(Status status) {
   std::abort();  // unreachable: check_open throws after record
 }
 
-void Group::check_open() {
+void Group::check_open(std::optional<Phase> entering) {
   if (closed_) throw StatusError({StatusCode::kClosed, -1, -1, -1, -1, "this ExpertParallel is closed"});
-  if (!failed_.load() && liveness_->failed()) record(liveness_->failure());
+  if (!failed_.load() && liveness_->failed()) {
+    record(entering ? peer_failure(*entering, static_cast<std::int64_t>(state_.epoch[static_cast<int>(*entering)]), {})
+                    : liveness_->failure());
+  }
   if (failed_.load()) {
     std::lock_guard lock(failure_mutex_);
     failure_raised_ = true;
@@ -352,7 +356,7 @@ std::uint64_t Group::floor_bytes(Phase phase, const kernels::Plan& plan, proto::
 }
 
 std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& request) {
-  check_open();
+  check_open(Phase::kDispatch);
   MOE_EFA_CHECK(!dispatch_, "dispatch_begin() while a dispatch is in progress");
   double begin = monotonic_s();
   std::shared_ptr<kernels::Plan> plan = request.plan;
@@ -366,14 +370,17 @@ std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& requ
   dispatch_.emplace(context(), kernels::DispatchArgs{request.x, request.dtype,
                                                      wire_dtype(config_.wire_dtype, request.dtype), plan});
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->sizes_known(); });
+  liveness_->set_away(true);  // until the caller has memory for the rows
   phase_stats_[0].seconds += monotonic_s() - begin;
   return plan;
 }
 
 void Group::dispatch_finish(void* out, float* weights) {
-  check_open();
+  liveness_->set_away(false);
+  check_open(Phase::kDispatch);
   MOE_EFA_CHECK(dispatch_, "dispatch_finish() without dispatch_begin()");
   double begin = monotonic_s();
+  prefer_huge_pages(out, dispatch_plan_->rows() * config_.hidden_size * proto::dtype_bytes(dispatch_request_.dtype));
   dispatch_->set_output({out, weights});
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->done(); });
   dispatch_.reset();
@@ -387,11 +394,13 @@ void Group::dispatch_finish(void* out, float* weights) {
 }
 
 void Group::combine(const CombineRequest& request) {
-  check_open();
+  check_open(Phase::kCombine);
   MOE_EFA_CHECK(!dispatch_, "combine() inside a dispatch");
   MOE_EFA_CHECK(request.plan && request.plan->complete, "combine() needs the plan of a finished dispatch");
   double begin = monotonic_s();
   proto::DType wire = wire_dtype(config_.combine_dtype, request.dtype);
+  prefer_huge_pages(request.out,
+                    std::uint64_t{request.plan->num_tokens} * config_.hidden_size * proto::dtype_bytes(request.dtype));
   kernels::cpu::CombineCall call(
       context(), {request.y, request.dtype, wire, request.plan, request.weights, request.weight_grads, request.out,
                   request.topk_weight_grads});

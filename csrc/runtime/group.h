@@ -103,7 +103,7 @@ class Group {
   void make_rails();
   [[noreturn]] void fail(common::Status status);
   void record(const common::Status& status);
-  void check_open();
+  void check_open(std::optional<proto::Phase> entering = std::nullopt);
   bool peer_left(std::uint32_t rank, bool wait) const;
   void check_departures(proto::Phase phase, std::int64_t epoch);
   void close_together(double timeout_s);

@@ -214,17 +214,38 @@ bool Liveness::wait_farewells(double timeout_s) {
 
 int Liveness::silent_peer(Clock::time_point now) const {
   for (const Link& link : links_) {
-    // Two heartbeats are missing, and half of one for delays.
-    if (link.state == LinkState::kUp && !link.said_goodbye && 2 * (now - link.last_heard) > 5 * interval_) {
-      return link.peer.rank;
-    }
+    if (link.state == LinkState::kUp && !link.said_goodbye && is_long(now - link.last_heard)) return link.peer.rank;
   }
   return -1;
+}
+
+int Liveness::away_peer() const {
+  for (const Link& link : links_) {
+    if (link.suspect == link.peer.rank) return link.suspect;
+  }
+  return -1;
+}
+
+// What the heartbeats say: seen here, or told by the rank itself.
+int Liveness::known_suspect(Clock::time_point now) const {
+  if (int rank = silent_peer(now); rank >= 0) return rank;
+  if (away_since_ && is_long(now - *away_since_)) return config_.rank;
+  return away_peer();
+}
+
+void Liveness::set_away(bool away) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (away) {
+    away_since_ = Clock::now();
+  } else {
+    away_since_.reset();
+  }
 }
 
 int Liveness::suspect() const {
   std::lock_guard<std::mutex> lock(mutex_);
   if (int rank = silent_peer(Clock::now()); rank >= 0) return rank;
+  if (int rank = away_peer(); rank >= 0) return rank;
   for (const Link& link : links_) {
     bool heard_here = std::any_of(links_.begin(), links_.end(),
                                   [&](const Link& other) { return other.peer.rank == link.suspect; });

@@ -76,7 +76,9 @@ class Liveness {
   void farewell();
   bool wait_farewells(double timeout_s);
 
-  // A rank that has been silent for long, though not long enough to be lost: as heard here, or by a peer; -1 if none.
+  // The caller has left a call unfinished, in the belief that it will be back at once; or is back.
+  void set_away(bool away);
+  // A rank that has been away or silent for long, though not long enough to be lost: as heard here, or by a peer; -1 if none.
   int suspect() const;
 
  private:
@@ -125,7 +127,10 @@ class Liveness {
   void record(const common::Status& status, const Link* source);
   void send(Link& link, const std::string& bytes);
   void flush(Link& link);
+  bool is_long(Clock::duration time) const { return 2 * time > 5 * interval_; }  // two heartbeats are missing
   int silent_peer(Clock::time_point now) const;
+  int away_peer() const;
+  int known_suspect(Clock::time_point now) const;
   bool all_up() const { return num_up_ == links_.size(); }
   bool all_flushed() const;
   void wait_flushed(std::unique_lock<std::mutex>& lock);
@@ -150,6 +155,7 @@ class Liveness {
   bool connect_called_ = false;
   bool departed_ = false;  // goodbye() was called
   bool said_farewell_ = false;
+  std::optional<Clock::time_point> away_since_;
   std::uint64_t progress_ = 0;
   bool stopping_ = false;
   Clock::time_point next_beat_, last_wake_, accept_after_;

@@ -255,7 +255,7 @@ void Liveness::bring_up(Link& link, Clock::time_point now) {
 void Liveness::beat(Clock::time_point now) {
   if (now < next_beat_) return;
   next_beat_ = now + interval_;
-  std::string bytes = encode_heartbeat(silent_peer(now));
+  std::string bytes = encode_heartbeat(known_suspect(now));
   for (Link& link : links_) {
     // Unsent bytes say that we live as soon as they arrive; more of them would only fill our memory.
     if (link.state == LinkState::kUp && link.out.empty()) send(link, bytes);

@@ -523,6 +523,27 @@ def leaving_with_an_exception_fails_the_others(rank: int, group: dist.ProcessGro
     assert_bitwise(out, oracle_of_identity(ep, 0))
 
 
+def allocation_failure_fails_the_group(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    """Rank 0 has no memory for its rows; the others, who count on it, hear why, and every later call repeats it."""
+    with setting.open(group) as ep:
+        inputs = tensors_for(rank, ep, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(torch, "empty", lambda *shape, **options: [][len(shape)])
+            with pytest.raises(IndexError if rank == 0 else TransportError) as first:
+                d = ep.dispatch(*inputs)
+                ep.combine(d.x, d.handle)
+        if rank > 0:
+            assert "rank 0 could not allocate" in str(first.value)
+        for _ in range(2):
+            with pytest.raises(TransportError, match="rank 0 could not allocate"):
+                ep.dispatch(*inputs)
+    with setting.open(group) as ep:  # a new object does not share the broken one
+        d = ep.dispatch(*inputs)
+        out = ep.combine(d.x, d.handle)
+    assert_bitwise(out, oracle_of_identity(ep, 0))
+
+
 def construction_errors_are_the_same_everywhere(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
     last = setting.num_ranks - 1
     attempts: list[tuple[str, dict[str, Any]]] = [
@@ -558,6 +579,7 @@ SCENARIOS: list[Callable[[int, dist.ProcessGroup, Setting], None]] = [
     moe_agrees_with_the_dense_layer,
     backward_of_part_of_the_inputs,
     leaving_with_an_exception_fails_the_others,
+    allocation_failure_fails_the_group,
     construction_errors_are_the_same_everywhere,
 ]
 

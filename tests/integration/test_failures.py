@@ -28,8 +28,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "node2-tcp": {"node_size": 2, "transport": "libfabric", "provider": "tcp"},
 }
 TIMEOUT_S, HEARTBEAT_TIMEOUT_S = 3.0, 1.0
-AT_ONCE_S = 1.0
-SLACK_S = 3.0
+# A machine that has more to do than these tests is slower, not wrong.
+LOAD = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+AT_ONCE_S = 1.0 * LOAD
+SLACK_S = 3.0 * LOAD
 
 Facts = dict[str, Any]
 
@@ -240,7 +242,7 @@ IN_CALLS = ("dispatch", "begun", "anywhere", "combine", "backward")
 SMALL_RINGS = {"chunk_rows": 8, "slots": 2}  # so that no call is done before its peers are in it
 
 
-@pytest.mark.parametrize("layout, point, culprit", cases(*IN_CALLS, "between calls", "close", every=True))
+@pytest.mark.parametrize("layout, point, culprit", list(cases(*IN_CALLS, "between calls", "close", every=True)))
 def test_killed_rank_is_named_at_once(layout: str, point: str, culprit: int, mark: Path) -> None:
     within_s = AT_ONCE_S + (0.5 if point == "between calls" else 0)  # there they sleep before they look
     changes = SMALL_RINGS if point == "anywhere" else {}
@@ -252,13 +254,13 @@ def test_killed_rank_is_named_at_once(layout: str, point: str, culprit: int, mar
 CONSTRUCTION = tuple(f"construction-{step}" for step in ("construction", "mapping", "connection", "start"))
 
 
-@pytest.mark.parametrize("layout, point, culprit", cases(*CONSTRUCTION, every=False))
+@pytest.mark.parametrize("layout, point, culprit", list(cases(*CONSTRUCTION, every=False)))
 def test_killed_rank_is_named_during_construction(layout: str, point: str, culprit: int, mark: Path) -> None:
     run_and_judge(layout, "kill", point, culprit, mark, ("PeerLostError",), AT_ONCE_S)
 
 
 @pytest.mark.parametrize(
-    "layout, point, culprit", cases("dispatch", "anywhere", "close", "construction-connection", "combine", every=False)
+    "layout, point, culprit", list(cases("dispatch", "anywhere", "close", "construction-connection", "combine", every=False))
 )
 def test_stopped_rank_is_lost_when_it_is_silent(layout: str, point: str, culprit: int, mark: Path) -> None:
     changes = SMALL_RINGS if point == "anywhere" else {}
@@ -279,7 +281,7 @@ def test_stopped_rank_is_to_blame_for_a_timeout_before_it_is_lost(
 
 
 @pytest.mark.parametrize(
-    "layout, point, culprit", cases("dispatch", "combine", "backward", "close", "construction-mapping", every=False)
+    "layout, point, culprit", list(cases("dispatch", "combine", "backward", "close", "construction-mapping", every=False))
 )
 def test_idle_rank_is_named_when_the_time_is_up(layout: str, point: str, culprit: int, mark: Path) -> None:
     errors = run_and_judge(layout, "idle", point, culprit, mark, ("PeerTimeoutError",), 2 + SLACK_S, timeout_s=2.0)
@@ -300,10 +302,10 @@ def issue_different(rank: int, group: dist.ProcessGroup, layout: str, what: str)
     ep = make(group, layout)
     odd = rank == 2
     x, idx, weights = inputs(rank)
-    first, second = (ep.dispatch(x, idx, weights).handle for _ in range(2))
-    rows = first.rows
 
-    def different() -> None:
+    def different() -> None:  # an early rank's last call may fail a late one's second
+        first, second = (ep.dispatch(x, idx, weights).handle for _ in range(2))
+        rows = first.rows
         if what == "dispatch-combine":
             ep.dispatch(x, idx, weights) if odd else ep.combine(torch.zeros(rows, HIDDEN_SIZE), first)
         elif what == "combine-dispatch":
@@ -340,7 +342,7 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("what, layout", zip(DIFFERENCES, itertools.cycle(LAYOUTS), strict=False))
+@pytest.mark.parametrize("what, layout", list(zip(DIFFERENCES, itertools.cycle(LAYOUTS), strict=False)))
 def test_different_calls_are_an_error_that_names_both(what: str, layout: str) -> None:
     for error in results(run_ranks(issue_different, NUM_RANKS, layout, what, timeout=30)):
         assert error["type"] == "TransportError", error
@@ -377,13 +379,21 @@ def test_refused_call_that_is_not_corrected_is_a_timeout() -> None:
         assert (outcome.result["type"], outcome.result["rank"]) == ("PeerTimeoutError", 1)
 
 
-def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str) -> Facts:
+def await_file(path: str) -> None:
+    """Return half a second after somebody has made the file."""
+    while not Path(path).exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+
+
+def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str, mark: str) -> Facts:
     interrupted, late = rank == 1, rank == 0
     ep: ExpertParallel | None = None
     seen: Facts = {}
 
     def send() -> None:
         seen["sent"] = time.monotonic()
+        Path(mark).touch()
         os.kill(os.getpid(), signal.SIGINT)
 
     def body() -> None:
@@ -392,7 +402,7 @@ def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str) -> F
             if interrupted:
                 threading.Timer(0.3, send).start()
             if late:
-                time.sleep(1.0)
+                await_file(mark)
         ep = make(group, layout, timeout_s=20.0)
         check_round(ep, rank)
         if point == "outside":
@@ -403,7 +413,7 @@ def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str) -> F
         elif interrupted:
             threading.Timer(0.3, send).start()
         elif late:
-            time.sleep(1.0)
+            await_file(mark)
         if point == "close":
             ep.close()
         check_round(ep, rank)
@@ -417,24 +427,26 @@ def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str) -> F
     return seen
 
 
-@pytest.mark.parametrize("layout, point", [("node2-tcp", "call"), ("node4", "call"), ("node2-tcp", "construction")])
-def test_interrupt_ends_a_wait_here_and_is_an_error_elsewhere(layout: str, point: str) -> None:
-    seen = results(run_ranks(interrupt, NUM_RANKS, layout, point))
+@pytest.mark.parametrize("layout, point", [("node2-tcp", "call"), ("node4", "call"), ("node2-tcp", "construction"), ("node2-shm", "close")])
+def test_interrupt_ends_a_wait_here_and_is_an_error_elsewhere(layout: str, point: str, mark: Path) -> None:
+    seen = results(run_ranks(interrupt, NUM_RANKS, layout, point, str(mark)))
     assert seen[1]["error"]["type"] == "KeyboardInterrupt"
-    assert seen[1]["error"]["at"] - seen[1]["sent"] < 0.5
+    assert seen[1]["error"]["at"] - seen[1]["sent"] < 0.5 * LOAD
     for rank in (0, 2, 3):
         error = seen[rank]["error"]
+        if point == "close":  # the goodbye had been said: nothing was owed any more
+            continue
         assert (error["type"], error["rank"]) == ("TransportError", 1), error
         assert error["at"] - seen[1]["sent"] < 1.0 + AT_ONCE_S
     for facts in seen:
-        if "again" in facts:
+        if "again" in facts and point != "close":
             assert facts["again"]["type"] == "TransportError"
             assert facts["close_error"] is None
             assert facts["rest_s"] < AT_ONCE_S
 
 
-def test_interrupt_outside_of_calls_is_the_interpreters() -> None:
-    for facts in results(run_ranks(interrupt, NUM_RANKS, "node2-tcp", "outside")):
+def test_interrupt_outside_of_calls_is_the_interpreters(mark: Path) -> None:
+    for facts in results(run_ranks(interrupt, NUM_RANKS, "node2-tcp", "outside", str(mark))):
         assert facts["error"] is None and facts["again"] is None and facts["close_error"] is None
 
 
@@ -529,7 +541,7 @@ def be_slow(rank: int, group: dist.ProcessGroup, folder: str) -> None:
 
     def warn_early(*args: Any) -> Any:
         config = native_config(*args)
-        config.warn_after_s = 0.9
+        config.warn_after_s = 0.6
         return config
 
     rendezvous.native_config = warn_early
@@ -538,7 +550,7 @@ def be_slow(rank: int, group: dist.ProcessGroup, folder: str) -> None:
     with make(group, "node2-tcp", timeout_s=20.0) as ep:
         for _ in range(2):
             if rank == 1:
-                time.sleep(1.5)
+                time.sleep(2.0)
             check_round(ep, rank)
 
 

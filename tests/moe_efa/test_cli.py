@@ -122,7 +122,7 @@ def test_plan_table_names_every_size(capsys):
     [
         ("--memory-budget 1MiB", "need at least"),
         ("--experts 100", "not a multiple"),
-        ("--ranks 12", "node_size=8"),
+        ("--ranks 12 --experts 240", "node_size=8"),
         ("--topk 0", "top_k"),
     ],
 )

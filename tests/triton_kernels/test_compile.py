@@ -87,5 +87,14 @@ def test_divisions_are_ieee_and_nothing_is_fused(variant: str, compiled: dict[st
     assert arithmetic == {"div.rn.f32"}
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp8_is_clamped_before_the_cast(variant: str, compiled: dict[str, dict[str, Any]]) -> None:
+    """Read from the code: no input shows it, since the hardware's cast and the interpreter's saturate as well."""
+    clamped = re.search(
+        r"\bmin\.(xorsign\.abs\.)?f32\b.*cvt\.rn\.satfinite\.e4m3x2", compiled[variant]["ptx"], re.DOTALL
+    )
+    assert clamped is not None
+
+
 def test_a_spill_would_be_seen(compiled: dict[str, dict[str, Any]]) -> None:
     assert compiled["spilling"]["stack"] > 0

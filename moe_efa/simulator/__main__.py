@@ -1,0 +1,7 @@
+"""`python -m moe_efa.simulator`."""
+
+import sys
+
+from moe_efa.simulator import main
+
+sys.exit(main())

@@ -1,0 +1,509 @@
+// The engine by hand: events in, writes and actions out. Each check of a landing is shown to refuse, and to name the
+// rank, epoch and chunk; credits, completions, NICs and retirement are followed step by step.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+
+using namespace moe_efa;
+using engine::Action;
+using engine::Descriptor;
+using engine::Write;
+using proto::Imm;
+using proto::ImmKind;
+using proto::Phase;
+
+namespace {
+
+constexpr auto kDispatch = Phase::kDispatch;
+constexpr std::uint32_t kHidden = 8;
+
+// Rank 0 of `nodes` nodes of one rank; the peers are what the test says they are.
+struct Bench {
+  proto::LayoutConfig config;
+  proto::RegionLayout layout;
+  std::vector<std::byte> region;
+  std::optional<engine::Engine> engine;
+
+  explicit Bench(std::uint32_t nodes = 2, std::uint32_t slots = 4, std::uint32_t nics = 1, std::uint32_t writes = 64) {
+    config.num_nodes = nodes;
+    config.experts_per_rank = 2;
+    config.top_k = 2;
+    config.hidden_size = kHidden;
+    config.chunk_rows = 4;
+    config.slots = slots;
+    layout = proto::RegionLayout(config, 0);
+    region.assign(layout.total_bytes(), std::byte{0});
+    engine.emplace(engine::EngineConfig{{nodes, 1, 0}, config, nics, writes, region.data()});
+  }
+
+  // --- outgoing
+  void begin(std::uint64_t epoch, std::vector<std::uint32_t> chunks, Phase phase = kDispatch) {
+    engine->on_begun(phase, epoch + 1);
+    for (std::uint32_t node = 1; node < config.num_nodes; ++node) {
+      engine->on_descriptor({static_cast<std::uint16_t>(node), static_cast<std::uint8_t>(phase), Descriptor::kCounts,
+                             chunks[node - 1], 64, static_cast<std::uint32_t>(epoch)});
+    }
+  }
+  void chunk(std::uint16_t node = 1, std::uint32_t bytes = 256, bool last = false, Phase phase = kDispatch) {
+    std::uint8_t flags = last ? Descriptor::kLast : std::uint8_t{0};
+    engine->on_descriptor({node, static_cast<std::uint8_t>(phase), flags, 1, bytes, 0});
+  }
+  std::vector<Write> post_all() {
+    std::vector<Write> writes;
+    while (auto write = engine->next_write()) {
+      engine->on_posted(*write);
+      writes.push_back(*write);
+    }
+    return writes;
+  }
+  void done(const Write& write) { engine->on_write_done(write.id); }
+  void credit(std::uint64_t count, std::uint32_t node = 1, Phase phase = kDispatch) {
+    engine->on_remote_imm(Imm::make(proto::credit_kind(phase), false, 0, node, count).encode(), 0);
+  }
+  std::vector<Action> actions() {
+    std::vector<Action> taken;
+    taken.swap(engine->actions());
+    return taken;
+  }
+  std::optional<std::uint64_t> action(Action::Kind kind) {
+    std::optional<std::uint64_t> value;
+    for (const Action& action : actions()) {
+      if (action.kind == kind) value = action.value;
+    }
+    return value;
+  }
+
+  // --- incoming
+  proto::ChunkHeader header(std::uint64_t seq, std::uint64_t epoch = 0, Phase phase = kDispatch) const {
+    proto::ChunkHeader header{};
+    header.magic = proto::kChunkMagic;
+    header.version = proto::kProtocolVersion;
+    header.phase = static_cast<std::uint8_t>(phase);
+    header.source_rank = 1;
+    header.dtype = static_cast<std::uint32_t>(proto::DType::kFp32);
+    header.epoch = epoch;
+    header.seq = seq;
+    header.rows = 2;
+    header.num_entries = phase == kDispatch ? 3 : 0;
+    std::uint64_t row = proto::hidden_row_bytes(kHidden, proto::DType::kFp32);
+    header.total_bytes = static_cast<std::uint32_t>(phase == kDispatch ? proto::dispatch_chunk_bytes(false, 2, 3, row)
+                                                                       : proto::combine_chunk_bytes(false, 2, 2, row));
+    return header;
+  }
+  void land(const proto::ChunkHeader& header, std::uint64_t seq, std::uint64_t epoch = 0, Phase phase = kDispatch,
+            std::uint32_t bytes = 0) {
+    std::memcpy(region.data() + layout.ring_slot(phase, 1, seq), &header, sizeof(header));
+    engine->on_remote_imm(Imm::make(proto::chunk_kind(phase), false, epoch, 1, seq).encode(), bytes);
+  }
+  void land(std::uint64_t seq, std::uint64_t epoch = 0) { land(header(seq, epoch), seq, epoch); }
+  proto::CountsRecord record(std::uint64_t epoch) const {
+    proto::CountsRecord record{};
+    record.magic = proto::kCountsMagic;
+    record.version = proto::kProtocolVersion;
+    record.source_rank = 1;
+    record.dtype = 1;
+    record.epoch = epoch;
+    record.rows = 9;
+    record.rows_per_chunk = 4;
+    record.num_chunks = 3;
+    return record;
+  }
+  void counts(const proto::CountsRecord& record, std::uint64_t epoch, std::uint32_t bytes = 0) {
+    std::memcpy(region.data() + layout.counts(kDispatch, 1, epoch), &record, sizeof(record));
+    engine->on_remote_imm(Imm::make(ImmKind::kDispatchCounts, false, epoch, 1, 0).encode(), bytes);
+  }
+
+  void check_failed(const std::string& text, std::int64_t epoch, std::int64_t chunk, int rank = 1) {
+    INFO("wanted \"", text, "\", got \"", engine->failure().message, "\"");
+    REQUIRE(engine->failed());
+    CHECK(engine->failure().code == common::StatusCode::kProtocol);
+    CHECK(engine->failure().rank == rank);
+    CHECK(engine->failure().epoch == epoch);
+    CHECK(engine->failure().chunk == chunk);
+    CHECK(engine->failure().message.find(text) != std::string::npos);
+    CHECK(actions().empty());
+    CHECK(!engine->next_write());
+  }
+};
+
+ImmKind kind_of(const Write& write) { return Imm::decode(write.imm).kind; }
+
+}  // namespace
+
+TEST_CASE("counts-go-first-then-credits-then-chunks") {
+  Bench bench;
+  bench.begin(0, {2});
+  bench.chunk();
+  bench.land(0);
+  bench.engine->on_released(kDispatch, 1, 1);
+  bench.chunk(1, 256, true);
+  std::vector<Write> writes = bench.post_all();
+  REQUIRE(writes.size() == 4);
+  CHECK(kind_of(writes[0]) == ImmKind::kDispatchCounts);
+  CHECK(kind_of(writes[1]) == ImmKind::kDispatchCredit);
+  CHECK(Imm::decode(writes[1].imm).value == 1);
+  CHECK(writes[1].bytes == 0);
+  CHECK(kind_of(writes[2]) == ImmKind::kDispatchChunk);
+  CHECK(!Imm::decode(writes[2].imm).last);
+  CHECK(Imm::decode(writes[3].imm).last);
+  proto::RegionLayout remote(bench.config, 1);
+  CHECK(writes[3].remote_offset == remote.ring_slot(kDispatch, 0, 1));
+  CHECK(writes[3].local_offset == bench.layout.send_slot(kDispatch, 1, 1));
+}
+
+TEST_CASE("a-slot-is-free-only-with-credit-and-completion") {
+  Bench bench(2, 2);
+  bench.begin(0, {4});
+  bench.chunk();
+  bench.chunk();
+  std::vector<Write> writes = bench.post_all();
+  bench.credit(2);
+  CHECK(bench.actions().empty());  // credited, not completed
+  bench.done(writes[2]);           // completions out of order
+  CHECK(bench.actions().empty());
+  bench.done(writes[1]);
+  CHECK(bench.action(Action::Kind::kSendFree) == 2);
+  bench.chunk();
+  writes = bench.post_all();
+  bench.done(writes[0]);
+  CHECK(bench.actions().empty());  // completed, not credited
+  bench.credit(3);
+  CHECK(bench.action(Action::Kind::kSendFree) == 3);
+}
+
+TEST_CASE("a-chunk-packed-without-a-credit-is-an-internal-error") {
+  Bench bench(2, 1);
+  bench.begin(0, {2});
+  bench.chunk();
+  bench.chunk();
+  CHECK_THROWS_AS(bench.post_all(), common::StatusError);
+}
+
+TEST_CASE("credits-are-cumulative-and-may-overtake-each-other") {
+  Bench bench;
+  bench.begin(0, {4});
+  for (int i = 0; i < 4; ++i) bench.chunk();
+  for (const Write& write : bench.post_all()) bench.done(write);
+  bench.credit(3);
+  CHECK(bench.action(Action::Kind::kSendFree) == 3);
+  bench.credit(1);
+  bench.credit(2);
+  CHECK(bench.actions().empty());
+  bench.credit(4);
+  CHECK(bench.action(Action::Kind::kRetired) == 1);
+  bench.credit(5);
+  bench.check_failed("never sent", -1, 5);
+}
+
+TEST_CASE("credits-return-in-batches-and-a-rest-does-not-wait") {
+  Bench bench(2, 8);  // batches of 2
+  bench.engine->on_begun(kDispatch, 1);
+  for (std::uint64_t seq = 0; seq < 4; ++seq) bench.land(seq);
+  bench.engine->on_released(kDispatch, 1, 1);
+  CHECK(bench.post_all().empty());  // more is in the ring: the batch fills up
+  bench.engine->on_released(kDispatch, 1, 3);
+  std::vector<Write> writes = bench.post_all();
+  REQUIRE(writes.size() == 1);
+  CHECK(Imm::decode(writes[0].imm).value == 3);
+  bench.engine->on_released(kDispatch, 1, 4);
+  writes = bench.post_all();  // a single one, but nothing more may ever come
+  REQUIRE(writes.size() == 1);
+  CHECK(Imm::decode(writes[0].imm).value == 4);
+}
+
+TEST_CASE("credits-under-way-are-bounded") {
+  // The peer gets every newest credit at once and sends on; the others lag. They must not add up (I12).
+  Bench bench;
+  bench.engine->on_begun(kDispatch, 1);
+  std::vector<Write> lagging;
+  for (std::uint64_t seq = 0; seq < 100; ++seq) {
+    bench.land(seq);
+    if (bench.engine->failed()) break;  // the window is closed for want of credits
+    bench.engine->on_released(kDispatch, 1, seq + 1);
+    for (const Write& write : bench.post_all()) lagging.push_back(write);
+  }
+  CHECK(lagging.size() == engine::kMaxCreditsInFlight);
+
+  Bench other;
+  other.engine->on_begun(kDispatch, 1);
+  lagging.clear();
+  for (std::uint64_t seq = 0; seq < 6; ++seq) {
+    other.land(seq);
+    other.engine->on_released(kDispatch, 1, seq + 1);
+    for (const Write& write : other.post_all()) lagging.push_back(write);
+  }
+  REQUIRE(lagging.size() == engine::kMaxCreditsInFlight);
+  other.done(lagging[0]);
+  std::vector<Write> next = other.post_all();
+  REQUIRE(next.size() == 1);  // what was held back goes in one
+  CHECK(Imm::decode(next[0].imm).value == 6);
+}
+
+TEST_CASE("sequence-numbers-and-credits-wrap-past-the-immediate") {
+  Bench bench(2, 3);
+  std::uint64_t total = 3 * proto::kImmValueModulus + 5;
+  bench.begin(0, {static_cast<std::uint32_t>(total)});
+  for (const Write& write : bench.post_all()) bench.done(write);
+  for (std::uint64_t seq = 0; seq < total; ++seq) {
+    bench.chunk();
+    bench.land(seq);
+    REQUIRE(bench.action(Action::Kind::kChunkArrived) == seq);
+    bench.engine->on_released(kDispatch, 1, seq + 1);
+    for (const Write& write : bench.post_all()) bench.done(write);
+    bench.credit(seq + 1);
+    REQUIRE(bench.action(Action::Kind::kSendFree) == seq + 1);
+  }
+  CHECK(!bench.engine->failed());
+  CHECK(bench.engine->idle());
+}
+
+TEST_CASE("an-epoch-retires-when-every-peer-has-all-of-it") {
+  Bench bench(3);
+  bench.begin(0, {1, 0});
+  bench.chunk(1, 256, true);
+  bench.begin(1, {0, 0});
+  std::vector<Write> writes = bench.post_all();  // counts of 0 (2), of 1 (2), the chunk
+  REQUIRE(writes.size() == 5);
+  bench.done(writes[2]);
+  bench.done(writes[3]);
+  bench.done(writes[0]);
+  bench.done(writes[4]);
+  bench.credit(1);
+  CHECK(bench.action(Action::Kind::kRetired) == std::nullopt);  // the counts towards node 2 are still out
+  bench.done(writes[1]);
+  CHECK(bench.action(Action::Kind::kRetired) == 2);  // epoch 1 had been ready
+}
+
+TEST_CASE("arrivals-in-any-order-are-passed-on") {
+  Bench bench;
+  bench.engine->on_begun(kDispatch, 1);
+  for (std::uint64_t seq : {2, 0, 3, 1}) {
+    bench.land(seq);
+    CHECK(bench.action(Action::Kind::kChunkArrived) == seq);
+  }
+  CHECK(!bench.engine->failed());
+}
+
+TEST_CASE("a-chunk-twice-or-outside-the-window-is-refused") {
+  Bench twice;
+  twice.engine->on_begun(kDispatch, 1);
+  twice.land(1);
+  twice.actions();
+  twice.land(1);
+  twice.check_failed("arrived twice", -1, 1);
+
+  Bench beyond;
+  beyond.land(beyond.header(4), 4);
+  beyond.check_failed("outside the credit window", -1, 4);
+
+  Bench behind;  // released and credited: what lies behind is 2^14 ahead
+  behind.engine->on_begun(kDispatch, 1);
+  behind.land(0);
+  behind.engine->on_released(kDispatch, 1, 1);
+  behind.post_all();
+  behind.actions();
+  behind.engine->on_remote_imm(Imm::make(ImmKind::kDispatchChunk, false, 0, 1, 0).encode(), 0);
+  behind.check_failed("outside the credit window", -1, proto::kImmValueModulus);
+}
+
+TEST_CASE("live-epochs-are-accepted-and-others-refused") {
+  // 5 begun here: the peer may be in epoch 4 or 5.
+  for (std::uint64_t epoch : {3, 4, 5, 6, 20, 21}) {
+    Bench bench;
+    bench.engine->on_begun(kDispatch, 5);
+    bench.land(0, epoch);
+    if (epoch == 4 || epoch == 5) {
+      CHECK(!bench.engine->failed());
+    } else {
+      bench.check_failed("stale or future epoch", static_cast<std::int64_t>(epoch), 0);
+    }
+  }
+}
+
+TEST_CASE("every-field-of-a-header-is-checked") {
+  struct Case {
+    const char* text;
+    void (*spoil)(proto::ChunkHeader&);
+    std::int64_t epoch;
+  };
+  std::vector<Case> cases = {
+      {"not a chunk header", [](proto::ChunkHeader& h) { h.magic ^= 1; }, -1},
+      {"not a chunk header", [](proto::ChunkHeader& h) { ++h.version; }, -1},
+      {"contradicts its immediate", [](proto::ChunkHeader& h) { h.phase = 1; }, 0},
+      {"contradicts its immediate", [](proto::ChunkHeader& h) { h.seq = 1; }, 0},
+      {"contradicts its immediate", [](proto::ChunkHeader& h) { h.source_rank = 0; }, 0},
+      {"epoch contradicts", [](proto::ChunkHeader& h) { h.epoch = 1; }, 1},
+      {"stale or future", [](proto::ChunkHeader& h) { h.epoch = 16; }, 16},
+      {"unknown dtype", [](proto::ChunkHeader& h) { h.dtype = 2; }, 0},
+      {"out of range", [](proto::ChunkHeader& h) { h.rows = 0; }, 0},
+      {"out of range", [](proto::ChunkHeader& h) { h.rows = 5; }, 0},
+      {"out of range", [](proto::ChunkHeader& h) { h.num_entries = 5; }, 0},
+      {"out of range", [](proto::ChunkHeader& h) { h.num_entries = ~0u; }, 0},
+      {"last mark", [](proto::ChunkHeader& h) { h.flags |= proto::kFlagLast; }, 0},
+      {"size", [](proto::ChunkHeader& h) { h.flags |= proto::kFlagReplay; }, 0},
+      {"size", [](proto::ChunkHeader& h) { ++h.total_bytes; }, 0},
+  };
+  for (const Case& spoiled : cases) {
+    Bench bench;
+    bench.engine->on_begun(kDispatch, 1);
+    proto::ChunkHeader header = bench.header(0);
+    spoiled.spoil(header);
+    bench.land(header, 0);
+    bench.check_failed(spoiled.text, spoiled.epoch, 0);
+  }
+  Bench bench;
+  bench.engine->on_begun(kDispatch, 1);
+  bench.land(bench.header(0), 0, 0, kDispatch, 4096);
+  bench.check_failed("4096 arrived", 0, 0);
+}
+
+TEST_CASE("combine-chunks-are-checked-with-their-own-size") {
+  Bench bench;
+  bench.engine->on_begun(Phase::kCombine, 1);
+  bench.land(bench.header(0, 0, Phase::kCombine), 0, 0, Phase::kCombine);
+  CHECK(bench.action(Action::Kind::kChunkArrived) == 0);
+  proto::ChunkHeader header = bench.header(1, 0, Phase::kCombine);
+  header.flags |= proto::kFlagWeightGrads;
+  bench.land(header, 1, 0, Phase::kCombine);
+  bench.check_failed("size", 0, 1);
+}
+
+TEST_CASE("counts-are-passed-on-once-per-epoch") {
+  Bench bench;
+  bench.engine->on_begun(kDispatch, 18);
+  bench.counts(bench.record(18), 18);
+  CHECK(bench.action(Action::Kind::kCountsArrived) == 18);
+  bench.counts(bench.record(17), 17);
+  CHECK(bench.action(Action::Kind::kCountsArrived) == 17);
+  bench.counts(bench.record(17), 17);
+  bench.check_failed("counts arrived twice", 17, -1);
+}
+
+TEST_CASE("impossible-counts-are-refused") {
+  using Spoil = void (*)(proto::CountsRecord&);
+  std::vector<std::pair<const char*, Spoil>> cases = {
+      {"contradicts", [](proto::CountsRecord& r) { r.magic = 0; }},
+      {"contradicts", [](proto::CountsRecord& r) { r.version = 9; }},
+      {"contradicts", [](proto::CountsRecord& r) { r.phase = 1; }},
+      {"contradicts", [](proto::CountsRecord& r) { r.epoch = 16; }},
+      {"contradicts", [](proto::CountsRecord& r) { r.source_rank = 0; }},
+      {"impossible", [](proto::CountsRecord& r) { r.dtype = 7; }},
+      {"impossible", [](proto::CountsRecord& r) { r.rows_per_chunk = 5; }},
+      {"impossible", [](proto::CountsRecord& r) { r.rows_per_chunk = 0; }},
+      {"impossible", [](proto::CountsRecord& r) { r.rows = 0; }},
+      {"impossible", [](proto::CountsRecord& r) { r.num_chunks = 2; }},
+      {"impossible", [](proto::CountsRecord& r) { r.rows = ~0u; }},
+  };
+  for (const auto& [text, spoil] : cases) {
+    Bench bench;
+    bench.engine->on_begun(kDispatch, 1);
+    proto::CountsRecord record = bench.record(0);
+    spoil(record);
+    bench.counts(record, 0);
+    bench.check_failed(text, 0, -1);
+  }
+  Bench stale;
+  stale.engine->on_begun(kDispatch, 5);
+  stale.counts(stale.record(3), 3);
+  stale.check_failed("stale or future epoch", -1, -1);
+  Bench small;
+  small.counts(small.record(0), 0, 10);
+  small.check_failed("of 10 bytes", 0, -1);
+}
+
+TEST_CASE("immediates-of-nobody-or-of-no-kind-are-refused") {
+  Bench own;
+  own.engine->on_remote_imm(Imm::make(ImmKind::kDispatchChunk, false, 0, 0, 0).encode(), 0);
+  own.check_failed("names node 0", -1, -1, 0);
+  Bench nobody;
+  nobody.engine->on_remote_imm(Imm::make(ImmKind::kHello, false, 0, 2, 0).encode(), 0);
+  nobody.check_failed("names node 2 of 2", -1, -1, -1);
+  Bench nothing;
+  nothing.engine->on_remote_imm(Imm::make(ImmKind::kInvalid, true, 3, 1, 9).encode(), 0);
+  nothing.check_failed("unknown kind", -1, -1);
+}
+
+TEST_CASE("hellos-are-said-once-and-counted") {
+  Bench bench(3);
+  bench.engine->on_hello_wanted();
+  std::vector<Write> writes = bench.post_all();
+  REQUIRE(writes.size() == 2);
+  CHECK(writes[1].peer_node == 2);
+  std::uint32_t hello = Imm::make(ImmKind::kHello, false, 0, 1, 0).encode();
+  bench.engine->on_remote_imm(hello, 0);
+  CHECK(!bench.engine->all_hellos());
+  bench.engine->on_remote_imm(Imm::make(ImmKind::kHello, false, 0, 2, 0).encode(), 0);
+  CHECK(bench.engine->all_hellos());
+  bench.engine->on_remote_imm(hello, 0);
+  bench.check_failed("second hello", -1, -1);
+}
+
+TEST_CASE("again-skips-the-nic-until-resumed-and-loses-nothing") {
+  Bench bench(2, 4, 2);
+  bench.begin(0, {2});
+  bench.chunk();
+  std::optional<Write> first = bench.engine->next_write();
+  REQUIRE(first);
+  bench.engine->on_again(first->nic);
+  std::optional<Write> second = bench.engine->next_write();
+  REQUIRE(second);
+  CHECK(second->nic != first->nic);
+  CHECK(second->imm == first->imm);
+  bench.engine->on_again(second->nic);
+  CHECK(!bench.engine->next_write());
+  CHECK(bench.engine->has_pending_writes());
+  CHECK(bench.engine->waiting_peer() == 1);
+  bench.engine->resume_nics();
+  CHECK(bench.post_all().size() == 2);
+}
+
+TEST_CASE("chunks-go-to-the-nic-with-the-fewest-bytes-queued") {
+  Bench bench(2, 4, 2);
+  bench.begin(0, {4});
+  for (const Write& write : bench.post_all()) bench.done(write);
+  bench.chunk(1, 1000);
+  bench.chunk(1, 100);
+  bench.chunk(1, 100);
+  bench.chunk(1, 100);
+  std::vector<Write> writes = bench.post_all();
+  REQUIRE(writes.size() == 4);
+  CHECK(writes[0].nic == 0);
+  for (int i = 1; i < 4; ++i) CHECK(writes[i].nic == 1);
+  bench.done(writes[0]);
+  bench.credit(1);
+  CHECK(bench.engine->stats().wire_bytes[0] == 64 + 1300);
+}
+
+TEST_CASE("outstanding-writes-per-nic-are-bounded") {
+  Bench bench(2, 8, 2, 2);
+  bench.begin(0, {8});
+  for (int i = 0; i < 8; ++i) bench.chunk();
+  std::vector<Write> writes = bench.post_all();
+  CHECK(writes.size() == 4);
+  bench.done(writes[1]);
+  CHECK(bench.post_all().size() == 1);
+}
+
+TEST_CASE("the-first-error-wins-and-stops-everything") {
+  Bench bench;
+  bench.begin(0, {1});
+  bench.engine->on_failure({common::StatusCode::kPeerLost, 1, -1, -1, -1, "first"});
+  bench.engine->on_failure({common::StatusCode::kTransport, 0, -1, -1, -1, "second"});
+  CHECK(bench.engine->failure().message == "first");
+  CHECK(!bench.engine->next_write());
+  bench.land(0);
+  CHECK(bench.actions().empty());
+}
+
+TEST_CASE("completions-of-unknown-writes-and-impossible-releases-are-internal-errors") {
+  Bench bench;
+  CHECK_THROWS_AS(bench.engine->on_write_done(123), common::StatusError);
+  CHECK_THROWS_AS(bench.engine->on_released(kDispatch, 1, 1), common::StatusError);
+  CHECK_THROWS_AS(bench.chunk(), common::StatusError);  // no epoch was announced
+}

@@ -1,0 +1,128 @@
+// pack and pull of one chunk: rows land where the sender's index says, and no field of a chunk is believed unchecked.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/status.h"
+#include "kernels/cpu/pack.h"
+#include "kernels/cpu/plan.h"
+#include "kernels/cpu/pull.h"
+
+using namespace moe_efa;
+
+namespace {
+
+constexpr std::uint32_t kHidden = 5, kTopK = 2;
+
+// Rank 0 (node 0) sends 3 tokens to rank 1 (node 1), which owns experts 2 and 3.
+struct Pair {
+  proto::LayoutConfig config;
+  proto::NodeView sender, receiver;
+  std::vector<std::int64_t> topk = {3, 2, -1, 3, 2, -1};
+  std::vector<float> topk_weights = {.1f, .2f, 0, .3f, .4f, 0}, x;
+  kernels::DispatchArgs args;
+  std::vector<std::byte> slot;
+  kernels::Plan plan;  // the receiver's
+  std::vector<float> out, weights;
+  kernels::DispatchOutput output;
+  std::vector<std::uint32_t> counts = {2, 2};
+  std::vector<std::int64_t> base = {10, 20};
+
+  Pair() {
+    config.num_nodes = 2;
+    config.experts_per_rank = 2;
+    config.top_k = kTopK;
+    config.hidden_size = kHidden;
+    config.chunk_rows = 4;
+    sender = {{2, 1, 0}, proto::RegionLayout(config, 0), nullptr};
+    receiver = {{2, 1, 1}, proto::RegionLayout(config, 1), nullptr};
+    for (std::uint32_t i = 0; i < 3 * kHidden; ++i) x.push_back(static_cast<float>(i) + 0.5f);
+    args.x = x.data();
+    args.x_dtype = args.wire_dtype = proto::DType::kFp32;
+    args.plan = kernels::cpu::build_send_plan({topk.data(), topk_weights.data(), 3, 1, 1}, sender);
+    args.plan->plan_id = 7;
+    slot.assign(sender.layout.slot_bytes(proto::Phase::kDispatch), std::byte{0xEE});
+    std::uint32_t bytes = kernels::cpu::pack_chunk({&args, 1, 0, 33, 7, slot.data()}, sender);
+    CHECK(bytes == proto::dispatch_chunk_bytes(false, 3, 4, proto::hidden_row_bytes(kHidden, proto::DType::kFp32)));
+    plan.plan_id = 7;
+    plan.rings = {args.plan->send[1].facts, {}};
+    plan.pulls = {{{}}, {}};
+    plan.masks = {{0, 0, 0}, {}};
+    out.assign(30 * kHidden, -1.0f);
+    weights.assign(30, -1.0f);
+    output = {out.data(), weights.data()};
+  }
+
+  void pull() {
+    kernels::cpu::pull_chunk({&plan, &output, proto::DType::kFp32, proto::DType::kFp32, 0, 0, 0, 33, 7, false,
+                              slot.data(), counts.data(), base.data()},
+                             receiver);
+  }
+  template <typename T>
+  void patch(std::size_t offset, T value) {
+    std::memcpy(slot.data() + offset, &value, sizeof(value));
+  }
+  // A pull of the patched chunk is refused in the sender's name, for a reason that contains `text`.
+  void check_refused(const std::string& text) {
+    try {
+      pull();
+      FAIL("accepted where \"" << text << "\" was due");
+    } catch (const common::StatusError& error) {
+      CHECK(error.status().code == common::StatusCode::kProtocol);
+      CHECK(error.status().rank == 0);
+      CHECK(error.status().epoch == 7);
+      CHECK(error.status().chunk == 33);
+      CHECK(std::string(error.what()).find(text) != std::string::npos);
+    }
+  }
+};
+
+constexpr std::size_t kMeta = sizeof(proto::ChunkHeader), kEntries = kMeta + 3 * sizeof(proto::RowMeta);
+
+}  // namespace
+
+TEST_CASE("pack-then-pull-places-every-row-by-its-index") {
+  Pair pair;
+  pair.pull();
+  // Rows: token 0 -> experts 2 (weight .2) and 3 (.1), token 1 -> 3 (.3), token 2 -> 2 (.4).
+  std::vector<std::pair<std::uint32_t, std::pair<std::uint32_t, float>>> expected = {
+      {10, {0, .2f}}, {20, {0, .1f}}, {21, {1, .3f}}, {11, {2, .4f}}};
+  std::vector<float> out(30 * kHidden, -1.0f), weights(30, -1.0f);
+  for (const auto& [row, from] : expected) {
+    std::memcpy(out.data() + row * kHidden, pair.x.data() + from.first * kHidden, kHidden * 4);
+    weights[row] = from.second;
+  }
+  CHECK(pair.out == out);
+  CHECK(pair.weights == weights);
+  CHECK(pair.plan.masks[0] == std::vector<std::uint64_t>{1, 1, 1});
+  REQUIRE(pair.plan.pulls[0][0].size() == 4);
+  CHECK(pair.plan.pulls[0][0][1].row() == 0);
+  CHECK(pair.plan.pulls[0][0][1].topk_pos() == 0);
+}
+
+
+TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, seq), std::uint64_t{34}); pair.check_refused("another chunk"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, epoch), std::uint64_t{6}); pair.check_refused("another chunk"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, magic), 0u); pair.check_refused("another chunk"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, source_rank), 1u); pair.check_refused("another chunk"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, plan_id), std::uint64_t{8}); pair.check_refused("another plan"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, rows), 2u); pair.check_refused("announced cut"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, first_row), 1u); pair.check_refused("announced cut"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, dtype), 0u); pair.check_refused("flags or dtype"); }
+  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, flags), proto::kFlagReplay); pair.check_refused("flags or dtype"); }
+}
+
+TEST_CASE("pull-refuses-metadata-out-of-bounds") {
+  constexpr std::size_t kEntryBytes = sizeof(proto::RowEntry);
+  { Pair pair; pair.patch(kMeta + 4, 0u); pair.check_refused("entries of a row"); }
+  { Pair pair; pair.patch(kMeta + 4, 5u); pair.check_refused("entries of a row"); }
+  { Pair pair; pair.patch(kMeta + 4, ~0u); pair.check_refused("entries of a row"); }
+  { Pair pair; pair.patch(kMeta + 4, 1u); pair.check_refused("entries left over"); }
+  { Pair pair; pair.patch(kEntries + offsetof(proto::RowEntry, expert), std::uint16_t{2}); pair.check_refused("expert or"); }
+  { Pair pair; pair.patch(kEntries + offsetof(proto::RowEntry, topk_pos), std::uint16_t{2}); pair.check_refused("expert or"); }
+  { Pair pair; pair.patch(kEntries + kEntryBytes, 2u); pair.check_refused("announced count"); }
+}

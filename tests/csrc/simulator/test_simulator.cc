@@ -1,0 +1,92 @@
+// Whole groups of real engines, pumps and CPU calls over simulated SRD: every seed of every profile must be clean, with
+// outputs bitwise equal to the serial reference. A failing seed prints how to run it again.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <string>
+
+#include "common/status.h"
+#include "simulator/check.h"
+#include "simulator/profile.h"
+#include "simulator/workload.h"
+
+using namespace moe_efa::simulator;
+
+namespace {
+
+void check_seeds(const std::string& profile, std::uint64_t first, std::uint64_t count, std::uint32_t num_ranks = 0) {
+  CheckOptions options;
+  options.num_ranks = num_ranks;
+  std::uint64_t epochs = 0;
+  for (std::uint64_t seed = first; seed < first + count; ++seed) {
+    CheckResult result = run_check(profile, seed, options);
+    epochs += result.epochs;
+    CHECK_MESSAGE(result.ok, "python -m moe_efa.simulator --profile ", profile, " --first-seed ", seed, " --seeds 1",
+                  num_ranks != 0 ? " --num-ranks " + std::to_string(num_ranks) : "", "\n", result.message);
+    CHECK(result.inbound_high_water <= result.inbound_limit);
+  }
+  MESSAGE(profile, ": ", count, " seeds, ", epochs, " epochs");
+}
+
+}  // namespace
+
+TEST_CASE("ordered-network") { check_seeds("ordered", 0, 60); }
+TEST_CASE("unordered-network") { check_seeds("srd", 0, 120); }
+TEST_CASE("harsh-network-of-small-pieces-and-short-queues") { check_seeds("srd_harsh", 0, 120); }
+TEST_CASE("paranoid-network-that-writes-twice-after-the-immediate") { check_seeds("srd_paranoid", 0, 120); }
+TEST_CASE("storms-of-again") { check_seeds("again_storm", 0, 60); }
+TEST_CASE("a-rank-dies-and-nobody-gets-wrong-output") { check_seeds("peer_loss", 0, 150); }
+TEST_CASE("a-forged-epoch-is-refused-and-its-sender-named") { check_seeds("forged_epoch", 0, 100); }
+TEST_CASE("sixteen-ranks") { check_seeds("srd_harsh", 5000, 12, 16); }
+
+TEST_CASE("the-same-seed-gives-the-same-run") {
+  for (const std::string& profile : profile_names()) {
+    CheckResult first = run_check(profile, 77), second = run_check(profile, 77), other = run_check(profile, 78);
+    CHECK(first.events == second.events);
+    CHECK(first.virtual_us == second.virtual_us);
+    CHECK(first.message == second.message);
+    CHECK(first.events != other.events);
+  }
+}
+
+TEST_CASE("the-seeds-cover-what-they-should") {
+  bool one_slot = false, wrap = false, one_node = false, replay = false, older_plan = false, no_tokens = false;
+  bool none_selected = false, duplicate = false;
+  for (std::uint64_t seed = 0; seed < 120; ++seed) {
+    Workload world = make_workload(seed, 0);
+    one_slot |= world.layout.slots == 1;
+    one_node |= world.num_nodes() == 1;
+    std::uint32_t dispatches = 0, plans = 0;
+    for (const ScriptCall& call : world.script) {
+      dispatches += call.kind != ScriptCall::Kind::kCombine;
+      plans += call.kind == ScriptCall::Kind::kDispatch;
+      replay |= call.kind == ScriptCall::Kind::kReplay;
+      older_plan |= call.plan + 1 < plans;
+    }
+    wrap |= dispatches > 40;
+    for (const auto& plan : world.routings) {
+      for (const Routing& routing : plan) {
+        no_tokens |= routing.num_tokens == 0;
+        bool none = routing.num_tokens > 0;
+        for (std::size_t i = 0; i < routing.topk_idx.size(); ++i) {
+          none &= routing.topk_idx[i] == -1;
+          duplicate |= i % world.layout.top_k > 0 && routing.topk_idx[i] >= 0 &&
+                       routing.topk_idx[i] == routing.topk_idx[i - 1];
+        }
+        none_selected |= none;
+      }
+    }
+  }
+  CHECK(one_slot);
+  CHECK(wrap);
+  CHECK(one_node);
+  CHECK(replay);
+  CHECK(older_plan);
+  CHECK(no_tokens);
+  CHECK(none_selected);
+  CHECK(duplicate);
+}
+
+TEST_CASE("an-unknown-profile-is-refused") {
+  CHECK_THROWS_AS(run_check("perfect", 0), moe_efa::common::StatusError);
+}
