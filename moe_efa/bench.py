@@ -604,7 +604,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     threads = env.num_threads(hosts.count(hosts[rank]))
     torch.set_num_threads(threads)
     rounds = config.warmup + config.iters
-    progress = Progress(rounds * (4 if config.baseline else 1), visible=rank == 0)
+    progress = Progress(rounds * (2 if config.baseline else 1), visible=rank == 0)
     timer = Timer(group, progress)
 
     progress.stage("checking a small shape")
@@ -621,19 +621,20 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     exchange = TorchExchange(num_ranks, config.experts)
 
     def torch_round() -> None:
-        with timer.step("both"):
+        with timer.step("torch both"):
             rows, handle = exchange.dispatch(mine.x, mine.topk_idx)
             exchange.combine(rows, mine.topk_weights, handle)
         del rows, handle
-        with timer.step("dispatch"):
+        with timer.step("torch dispatch"):
             rows, handle = exchange.dispatch(mine.x, mine.topk_idx)
-        with timer.step("combine"):
+        with timer.step("torch combine"):
             exchange.combine(rows, mine.topk_weights, handle)
 
     torch_timings: dict[str, dict[str, Timing]] = {}
     if config.baseline:
         progress.stage("torch.distributed, before moe_efa has any thread")
-        torch_timings["before"] = timer.repeat(torch_round, warmup=config.warmup, iters=config.iters)
+        alone = timer.repeat(torch_round, warmup=config.warmup, iters=config.iters)
+        torch_timings["before"] = _select(alone, "torch")
 
     arguments: dict[str, Any] = config.expert_parallel().as_dict()
     with ExpertParallel(group, **arguments) as ep:
@@ -643,35 +644,35 @@ def measure(config: BenchConfig) -> dict[str, Any]:
             check_torch(group, ep, mine, exchange)
 
         def our_round() -> None:
-            with timer.step("both"):
+            with timer.step("moe_efa both"):
                 d = ep.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
                 ep.combine(d.x, d.handle)
             del d
-            with timer.step("dispatch"):
+            with timer.step("moe_efa dispatch"):
                 d = ep.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
-            with timer.step("combine"):
+            with timer.step("moe_efa combine"):
                 ep.combine(d.x, d.handle)
 
-        progress.stage("moe_efa")
-        before = ep.stats()
-        ours = timer.repeat(our_round, warmup=config.warmup, iters=config.iters)
-        after = ep.stats()
-        info, node_size = ep.info(), ep.node_size
+        rows = count_rows(_gather(group, mine.topk_idx), rank=rank, node_size=ep.node_size, num_experts=config.experts)
+        copies = CopyFloor(rows, config.hidden, DTYPES[config.dtype]) if config.baseline else None
 
-        floor: Timing | None = None
-        selections = _gather(group, mine.topk_idx)
-        rows = count_rows(selections, rank=rank, node_size=node_size, num_experts=config.experts)
-        if config.baseline:
-            progress.stage("torch.distributed, with moe_efa idle")
-            torch_timings["after"] = timer.repeat(torch_round, warmup=config.warmup, iters=config.iters)
-            copies = CopyFloor(rows, config.hidden, DTYPES[config.dtype])
-
-            def copy_round() -> None:
+        def whole_round() -> None:
+            # In turn, so that whatever else the host does meets all of them alike.
+            our_round()
+            if copies is not None:
+                torch_round()
                 with timer.step("copy"):
                     copies.copy()
 
-            progress.stage("copy floor")
-            floor = timer.repeat(copy_round, warmup=config.warmup, iters=config.iters)["copy"]
+        progress.stage("moe_efa" if copies is None else "moe_efa, torch.distributed and the copy floor in turn")
+        before = ep.stats()
+        timings = timer.repeat(whole_round, warmup=config.warmup, iters=config.iters)
+        after = ep.stats()
+        info, node_size = ep.info(), ep.node_size
+    ours = _select(timings, "moe_efa")
+    floor = timings.get("copy")
+    if config.baseline:
+        torch_timings["after"] = _select(timings, "torch")
     progress.close()
 
     wire = _wire(group, before, after)
@@ -723,6 +724,10 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         },
         "ratios": _ratios(ours, torch_timings[best] if best else None, floor),
     }
+
+
+def _select(timings: dict[str, Timing], who: str) -> dict[str, Timing]:
+    return {name: timings[f"{who} {name}"] for name in ("dispatch", "combine", "both")}
 
 
 def _wire(group: dist.ProcessGroup, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -815,7 +820,7 @@ def format_table(result: dict[str, Any]) -> str:
         tail = f"{rates['logical_gb_per_s']:>11.2f}{rates['wire_gb_per_s']:>11.2f}"
         lines.append(_row(f"moe_efa {name}", result["moe_efa"][name]) + tail)
     if result["torch"]:
-        for when, meaning in (("before", "no moe_efa threads"), ("after", "moe_efa idle")):
+        for when, meaning in (("before", "no moe_efa yet"), ("after", "in turn")):
             for name in ("dispatch", "combine", "both"):
                 lines.append(_row(f"torch {name} ({meaning})", result["torch"][when][name]))
     floor = result["copy_floor"]

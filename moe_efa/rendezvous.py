@@ -6,6 +6,7 @@ for a rank that has given up. Only the process group's store is used, and no ref
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import pickle
@@ -104,7 +105,7 @@ class Rendezvous:
             self.native.check()
         dead = [rank for rank, pid in self._pids.items() if _is_dead(pid)]
         if self._store is not None and self._store.check([f"{self._prefix}/gave_up"]):
-            rank, text = pickle.loads(self._store.get(f"{self._prefix}/gave_up"))
+            rank, text = _unpack(self._store.get(f"{self._prefix}/gave_up"))
             if rank != self.rank:
                 raise TransportError(f"rank {rank} gave up during construction: {text}", rank=rank)
         for rank in dead:  # and had not given up before
@@ -115,14 +116,14 @@ class Rendezvous:
         if self._store is not None and not isinstance(error, TransportError | ConfigError):
             with contextlib.suppress(Exception):
                 text = f"{type(error).__name__}: {error}"
-                self._store.set(f"{self._prefix}/gave_up", pickle.dumps((self.rank, text)))
+                self._store.set(f"{self._prefix}/gave_up", _pack((self.rank, text)))
 
     def _exchange(self, store: dist.Store, step: str, value: Any) -> list[Any]:
         prefix = f"{self._prefix}/{step}"
         keys = [f"{prefix}/{rank}" for rank in range(self.num_ranks)]
-        store.set(keys[self.rank], pickle.dumps(value))
+        store.set(keys[self.rank], _pack(value))
         if store.add(f"{prefix}/count", 1) == self.num_ranks:
-            store.set(f"{prefix}/complete", b"")
+            store.set(f"{prefix}/complete", "")
         # Polled, not awaited: stores differ in how they bound a wait, and some cannot be interrupted.
         deadline = time.monotonic() + self._timeout_s
         next_look = time.monotonic() + _LOOK_EVERY_S
@@ -136,7 +137,7 @@ class Rendezvous:
                 self._raise_timeout(step, [rank for rank, key in enumerate(keys) if not store.check([key])])
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return [pickle.loads(store.get(key)) for key in keys]
+        return [_unpack(store.get(key)) for key in keys]
 
     def _raise_timeout(self, step: str, missing: list[int]) -> NoReturn:
         others = f" (nor did {len(missing) - 1} others)" if len(missing) > 1 else ""
@@ -293,6 +294,14 @@ def _step(meeting: Rendezvous, name: str, action: Callable[[], Any]) -> list[Any
             message = f"{name} failed on rank {peer} of the group: {text}"
             raise ConfigError(message) if peer_is_config else TransportError(message, rank=peer)
     return [outcome[0] for outcome in outcomes]
+
+
+def _pack(value: Any) -> str:
+    return base64.b64encode(pickle.dumps(value)).decode()
+
+
+def _unpack(text: bytes) -> Any:
+    return pickle.loads(base64.b64decode(text))
 
 
 def _store_of(group: dist.ProcessGroup) -> dist.Store:

@@ -27,7 +27,7 @@ constexpr std::uint64_t kIdSeqMask = (1ull << kIdNicShift) - 1;
 }  // namespace
 
 std::uint64_t max_inbound_events(const proto::LayoutConfig& layout) {
-  // From each rail peer: S chunks, S credits and overtaken ones per phase, counts of two live epochs per phase, one hello.
+  // From each rail peer, per phase: S chunks, S credits, the overtaken ones, counts of two live epochs; and one hello.
   std::uint64_t per_peer = kNumPhases * (2ull * layout.slots + kMaxCreditsInFlight + 2) + 1;
   return (layout.num_nodes - 1) * per_peer;
 }

@@ -36,7 +36,8 @@ std::string join(const Parts&... parts) {
 
 Oracle::Oracle(const Workload& world, const Profile& profile, std::vector<std::span<std::byte>> regions, Trace& trace)
     : world_(world), regions_(std::move(regions)), trace_(trace), asleep_(world.num_ranks, false),
-      forge_(profile.forge_epoch), forge_at_(Rng(world.seed, Stream::kFault, 2).below(world.script.size() > 40 ? 500 : 20)) {
+      forge_(profile.forge_epoch),
+      forge_at_(Rng(world.seed, Stream::kFault, 2).below(world.script.size() > 40 ? 500 : 20)) {
   for (std::uint32_t node = 0; node < world.num_nodes(); ++node) layouts_.emplace_back(world.layout, node);
   for (Phase phase : kPhases) {
     chunks_[index(phase)].resize(std::size_t{world.num_ranks} * world.num_nodes());
@@ -164,7 +165,9 @@ void Oracle::counts_posted(const SimWrite& write, Phase phase) {
                                                   : "posts combine counts to rank, epoch",
              target, static_cast<std::int64_t>(epoch));
   if (epoch >= 2) {
-    if (!sent[epoch - 2].completed) fail(join("I11: counts of rank ", source, ", epoch ", epoch, " reuse their buffer"));
+    if (!sent[epoch - 2].completed) {
+      fail(join("I11: counts of rank ", source, ", epoch ", epoch, " reuse their buffer"));
+    }
     const Records& ring = chunks(source, phase, to);
     std::uint64_t end = ring.size();
     while (end > 0 && ring[end - 1].epoch + 2 > epoch) --end;
@@ -253,8 +256,8 @@ void Oracle::check_arrived(std::uint32_t rank, Phase phase, std::uint32_t source
     proto::ChunkHeader header;
     std::memcpy(&header, bytes, sizeof(header));
     if (header.epoch != ring[seq].epoch) {
-      fail(join("I4: rank ", rank, " accepts a ", proto::phase_name(phase), " chunk of epoch ", header.epoch, " in epoch ",
-                ring[seq].epoch));
+      fail(join("I4: rank ", rank, " accepts a ", proto::phase_name(phase), " chunk of epoch ", header.epoch,
+                " in epoch ", ring[seq].epoch));
     }
     if (checksum_of(bytes, ring[seq].bytes) != ring[seq].checksum) {
       fail(join("I1: ", proto::phase_name(phase), " chunk ", seq, " of rank ", source, " is flagged at rank ", rank,

@@ -17,7 +17,7 @@ namespace {
 
 constexpr std::uint64_t kMostTurns = 20'000'000;
 constexpr std::uint64_t kAlign = 128;
-constexpr std::uint64_t kLookAnyway = 16;  // every so many turns the oracle looks even where nothing is said to have moved
+constexpr std::uint64_t kLookAnyway = 16;  // turns after which the oracle looks even where nothing has moved
 
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
@@ -200,7 +200,8 @@ void World::start_call(RankWorld& rank) {
     plan.num_nics = work_.num_nics;
     rank.plans.push_back(kernels::cpu::build_send_plan(plan, rank.view));
   }
-  rank.input = random_rows(work_.seed, rank.next_call, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
+  rank.input =
+      random_rows(work_.seed, rank.next_call, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
   rank.output_given = false;
   kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype, rank.plans[call.plan]};
   rank.dispatch = std::make_unique<DispatchCall>(context, args);

@@ -1,5 +1,5 @@
-// World: R real engines, pumps and CPU calls in one thread, over a simulated network. A seeded scheduler picks who moves
-// next: a rank's caller, a rank's pump, or the network. Nothing waits, nothing reads a clock.
+// World: R real engines, pumps and CPU calls in one thread, over a simulated network. A seeded scheduler picks who
+// moves next: a rank's caller, a rank's pump, or the network. Nothing waits, nothing reads a clock.
 #pragma once
 
 #include <cstddef>

@@ -32,19 +32,20 @@ using common::Status;
 using common::StatusCode;
 using common::StatusError;
 
-// FI_PROVIDER_PATH for the duration of one call, unless the user has set it.
-class ProviderPathGuard {
+// An environment variable for the duration of one call, unless the value is empty or the user has set it.
+class VariableGuard {
  public:
-  explicit ProviderPathGuard(const std::string& path) : set_(!path.empty() && !std::getenv("FI_PROVIDER_PATH")) {
-    if (set_) ::setenv("FI_PROVIDER_PATH", path.c_str(), 1);
+  VariableGuard(const char* name, const std::string& value) : name_(name), set_(!value.empty() && !std::getenv(name)) {
+    if (set_) ::setenv(name_, value.c_str(), 1);
   }
-  ~ProviderPathGuard() {
-    if (set_) ::unsetenv("FI_PROVIDER_PATH");
+  ~VariableGuard() {
+    if (set_) ::unsetenv(name_);
   }
-  ProviderPathGuard(const ProviderPathGuard&) = delete;
-  ProviderPathGuard& operator=(const ProviderPathGuard&) = delete;
+  VariableGuard(const VariableGuard&) = delete;
+  VariableGuard& operator=(const VariableGuard&) = delete;
 
  private:
+  const char* name_;
   bool set_;
 };
 
@@ -117,7 +118,10 @@ SignalGuard::~SignalGuard() {
 int LibfabricApi::getinfo(const char* node, std::uint64_t flags, const fi_info* hints, fi_info** out) const {
   std::lock_guard<std::mutex> lock(g_mutex);  // the guards below change process-wide state
   SignalGuard signals;
-  ProviderPathGuard plugins(provider_path);
+  VariableGuard plugins("FI_PROVIDER_PATH", provider_path);
+  // The efa provider would open the shm provider beside it, for peers on this host: rails have none, and what it makes in
+  // /dev/shm outlives a killed process. It reads this once, when it is loaded.
+  VariableGuard no_shm("FI_EFA_ENABLE_SHM_TRANSFER", "0");
   return getinfo_symbol(FI_VERSION(1, 17), node, nullptr, flags, hints, out);
 }
 

@@ -141,8 +141,8 @@ def _print_report(summary: dict[str, Any], results: Sequence[SimulationResult], 
         print(f"also failed: seeds {', '.join(str(result.seed) for result in failed[_PRINTED_FAILURES:])}\n")
     rate = summary["seeds"] / summary["seconds"] if summary["seconds"] else 0.0
     print(
-        f"{summary['profile']:<13} {summary['seeds']:>6} seeds  {len(failed):>4} failed  {summary['epochs']:>7} epochs  "
-        f"{summary['events']:>11} events  {summary['virtual_ms']:>12.1f} ms simulated  {rate:>7.1f} seeds/s"
+        f"{summary['profile']:<13} {summary['seeds']:>6} seeds  {len(failed):>4} failed  {summary['epochs']:>7} epochs "
+        f" {summary['events']:>11} events  {summary['virtual_ms']:>12.1f} ms simulated  {rate:>7.1f} seeds/s"
     )
 
 

@@ -86,7 +86,7 @@ def _collect(
     found: list[dict[str, Any]] = [{} for _ in processes]
     talking, running = dict(enumerate(pipes)), dict(enumerate(processes))
     while running.keys() - lingering and time.monotonic() < deadline:
-        sources = [*talking.values(), *(process.sentinel for process in running.values())]
+        sources: list[Any] = [*talking.values(), *(process.sentinel for process in running.values())]
         ready = multiprocessing.connection.wait(sources, timeout=max(0.0, deadline - time.monotonic()))
         for rank in [rank for rank, pipe in talking.items() if pipe in ready]:
             with contextlib.suppress(EOFError):

@@ -1,4 +1,4 @@
-"""What every rank sees when one of four is killed, stopped, idle, interrupted, mistaken or leaves (I5, I6, I14, I17)."""
+"""What every rank sees when one of four is killed, stopped, idle, interrupted, wrong, or leaves (I5, I6, I14, I17)."""
 
 from __future__ import annotations
 
@@ -185,7 +185,14 @@ def mark(tmp_path: Path) -> Path:
 
 
 def run_and_judge(
-    layout: str, deed: str, point: str, culprit: int, mark: Path, types: tuple[str, ...], within_s: float, **changes: Any
+    layout: str,
+    deed: str,
+    point: str,
+    culprit: int,
+    mark: Path,
+    types: tuple[str, ...],
+    within_s: float,
+    **changes: Any,
 ) -> list[Facts]:
     lingering = () if deed == "kill" else (culprit,)
     arguments = (layout, deed, point, culprit, str(mark), changes)
@@ -260,7 +267,8 @@ def test_killed_rank_is_named_during_construction(layout: str, point: str, culpr
 
 
 @pytest.mark.parametrize(
-    "layout, point, culprit", list(cases("dispatch", "anywhere", "close", "construction-connection", "combine", every=False))
+    "layout, point, culprit",
+    list(cases("dispatch", "anywhere", "close", "construction-connection", "combine", every=False)),
 )
 def test_stopped_rank_is_lost_when_it_is_silent(layout: str, point: str, culprit: int, mark: Path) -> None:
     changes = SMALL_RINGS if point == "anywhere" else {}
@@ -274,14 +282,15 @@ def test_stopped_rank_is_to_blame_for_a_timeout_before_it_is_lost(
     layout: str, point: str, culprit: int, mark: Path
 ) -> None:
     # The others wait for each other too; the one at the end of every chain is the silent one.
-    changes = {**SMALL_RINGS, "heartbeat_timeout_s": 4.0, "timeout_s": 2.8}
+    changes = {**SMALL_RINGS, "heartbeat_timeout_s": 20.0, "timeout_s": 2.8}
     types = ("PeerTimeoutError",)
     errors = run_and_judge(layout, "stop", point, culprit, mark, types, 2.8 + SLACK_S, **changes)
     assert all(error["phase"] and error["epoch"] is not None for error in errors), errors
 
 
 @pytest.mark.parametrize(
-    "layout, point, culprit", list(cases("dispatch", "combine", "backward", "close", "construction-mapping", every=False))
+    "layout, point, culprit",
+    list(cases("dispatch", "combine", "backward", "close", "construction-mapping", every=False)),
 )
 def test_idle_rank_is_named_when_the_time_is_up(layout: str, point: str, culprit: int, mark: Path) -> None:
     errors = run_and_judge(layout, "idle", point, culprit, mark, ("PeerTimeoutError",), 2 + SLACK_S, timeout_s=2.0)
@@ -427,7 +436,9 @@ def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str, mark
     return seen
 
 
-@pytest.mark.parametrize("layout, point", [("node2-tcp", "call"), ("node4", "call"), ("node2-tcp", "construction"), ("node2-shm", "close")])
+@pytest.mark.parametrize(
+    "layout, point", [("node2-tcp", "call"), ("node4", "call"), ("node2-tcp", "construction"), ("node2-shm", "close")]
+)
 def test_interrupt_ends_a_wait_here_and_is_an_error_elsewhere(layout: str, point: str, mark: Path) -> None:
     seen = results(run_ranks(interrupt, NUM_RANKS, layout, point, str(mark)))
     assert seen[1]["error"]["type"] == "KeyboardInterrupt"
@@ -541,7 +552,7 @@ def be_slow(rank: int, group: dist.ProcessGroup, folder: str) -> None:
 
     def warn_early(*args: Any) -> Any:
         config = native_config(*args)
-        config.warn_after_s = 0.6
+        config.warn_after_s = 1.2
         return config
 
     rendezvous.native_config = warn_early
@@ -550,7 +561,7 @@ def be_slow(rank: int, group: dist.ProcessGroup, folder: str) -> None:
     with make(group, "node2-tcp", timeout_s=20.0) as ep:
         for _ in range(2):
             if rank == 1:
-                time.sleep(2.0)
+                time.sleep(2.2)
             check_round(ep, rank)
 
 
@@ -561,8 +572,9 @@ def test_slow_rank_is_no_error_but_a_warning(tmp_path: Path) -> None:
         if rank == 1:
             assert lines == []
         else:
-            expected = f"moe_efa warning [rank {rank}]: waiting for 0 s in dispatch epoch {{}} on rank 1 to enter the call"
-            assert lines == [expected.format(0), expected.format(1)]
+            for epoch in range(2):
+                text = f"waiting for 1 s in dispatch epoch {epoch} on rank 1 to enter the call"
+                assert f"moe_efa warning [rank {rank}]: {text}" in lines
 
 
 # --- configurations
@@ -595,8 +607,18 @@ def configure(rank: int, group: dist.ProcessGroup, changes: dict[int, dict[str, 
         ({-1: {"memory_budget_bytes": 4096}}, "memory_budget_bytes=4096 is too small"),
         ({-1: {"memory_budget_bytes": 1 << 50, "max_tokens_per_rank": 1 << 24, "hidden_size": 1 << 16}}, "/dev/shm"),
     ],
-    ids=["hidden_size", "top_k", "timeout_s", "heartbeat_timeout_s", "transport", "experts", "node_size", "hosts",
-         "budget", "shared_memory"],  # fmt: skip
+    ids=[
+        "hidden_size",
+        "top_k",
+        "timeout_s",
+        "heartbeat_timeout_s",
+        "transport",
+        "experts",
+        "node_size",
+        "hosts",
+        "budget",
+        "shared_memory",
+    ],
 )
 def test_configuration_that_cannot_work_is_one_error_on_every_rank(changes: dict[int, Any], text: str) -> None:
     errors = results(run_ranks(configure, NUM_RANKS, changes, "node2-shm"))

@@ -119,7 +119,7 @@ def quantize_1x128(x: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torc
     num_blocks = num_tokens * blocks_per_row
     if num_blocks == 0:
         return q, scales
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         quantize_1x128_kernel[(triton.cdiv(num_blocks, BLOCKS_PER_PROGRAM),)](
             x,
             q,

@@ -80,6 +80,14 @@ struct Pair {
   }
 };
 
+// A fresh chunk with one field patched is refused.
+template <typename T>
+void refused(std::size_t offset, T value, const std::string& text) {
+  Pair pair;
+  pair.patch(offset, value);
+  pair.check_refused(text);
+}
+
 constexpr std::size_t kMeta = sizeof(proto::ChunkHeader), kEntries = kMeta + 3 * sizeof(proto::RowMeta);
 
 }  // namespace
@@ -103,26 +111,25 @@ TEST_CASE("pack-then-pull-places-every-row-by-its-index") {
   CHECK(pair.plan.pulls[0][0][1].topk_pos() == 0);
 }
 
-
 TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, seq), std::uint64_t{34}); pair.check_refused("another chunk"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, epoch), std::uint64_t{6}); pair.check_refused("another chunk"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, magic), 0u); pair.check_refused("another chunk"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, source_rank), 1u); pair.check_refused("another chunk"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, plan_id), std::uint64_t{8}); pair.check_refused("another plan"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, rows), 2u); pair.check_refused("announced cut"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, first_row), 1u); pair.check_refused("announced cut"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, dtype), 0u); pair.check_refused("flags or dtype"); }
-  { Pair pair; pair.patch(offsetof(proto::ChunkHeader, flags), proto::kFlagReplay); pair.check_refused("flags or dtype"); }
+  refused(offsetof(proto::ChunkHeader, seq), std::uint64_t{34}, "another chunk");
+  refused(offsetof(proto::ChunkHeader, epoch), std::uint64_t{6}, "another chunk");
+  refused(offsetof(proto::ChunkHeader, magic), 0u, "another chunk");
+  refused(offsetof(proto::ChunkHeader, source_rank), 1u, "another chunk");
+  refused(offsetof(proto::ChunkHeader, plan_id), std::uint64_t{8}, "another plan");
+  refused(offsetof(proto::ChunkHeader, rows), 2u, "announced cut");
+  refused(offsetof(proto::ChunkHeader, first_row), 1u, "announced cut");
+  refused(offsetof(proto::ChunkHeader, dtype), 0u, "flags or dtype");
+  refused(offsetof(proto::ChunkHeader, flags), proto::kFlagReplay, "flags or dtype");
 }
 
 TEST_CASE("pull-refuses-metadata-out-of-bounds") {
   constexpr std::size_t kEntryBytes = sizeof(proto::RowEntry);
-  { Pair pair; pair.patch(kMeta + 4, 0u); pair.check_refused("entries of a row"); }
-  { Pair pair; pair.patch(kMeta + 4, 5u); pair.check_refused("entries of a row"); }
-  { Pair pair; pair.patch(kMeta + 4, ~0u); pair.check_refused("entries of a row"); }
-  { Pair pair; pair.patch(kMeta + 4, 1u); pair.check_refused("entries left over"); }
-  { Pair pair; pair.patch(kEntries + offsetof(proto::RowEntry, expert), std::uint16_t{2}); pair.check_refused("expert or"); }
-  { Pair pair; pair.patch(kEntries + offsetof(proto::RowEntry, topk_pos), std::uint16_t{2}); pair.check_refused("expert or"); }
-  { Pair pair; pair.patch(kEntries + kEntryBytes, 2u); pair.check_refused("announced count"); }
+  refused(kMeta + 4, 0u, "entries of a row");
+  refused(kMeta + 4, 5u, "entries of a row");
+  refused(kMeta + 4, ~0u, "entries of a row");
+  refused(kMeta + 4, 1u, "entries left over");
+  refused(kEntries + offsetof(proto::RowEntry, expert), std::uint16_t{2}, "expert or");
+  refused(kEntries + offsetof(proto::RowEntry, topk_pos), std::uint16_t{2}, "expert or");
+  refused(kEntries + kEntryBytes, 2u, "announced count");
 }
