@@ -31,28 +31,50 @@ GroupConfig make_config(const py::kwargs& kwargs) {
   for (auto item : kwargs) {
     auto name = py::cast<std::string>(item.first);
     py::handle value = item.second;
-    if (name == "rank") config.topology.rank = py::cast<std::uint32_t>(value);
-    else if (name == "num_ranks") config.topology.num_ranks = py::cast<std::uint32_t>(value);
-    else if (name == "node_size") config.topology.node_size = py::cast<std::uint32_t>(value);
-    else if (name == "num_experts") config.num_experts = py::cast<std::uint32_t>(value);
-    else if (name == "hidden_size") config.hidden_size = py::cast<std::uint32_t>(value);
-    else if (name == "top_k") config.top_k = py::cast<std::uint32_t>(value);
-    else if (name == "max_tokens_per_rank") config.max_tokens_per_rank = py::cast<std::uint32_t>(value);
-    else if (name == "wire_dtype") config.wire_dtype = py::cast<std::string>(value);
-    else if (name == "combine_dtype") config.combine_dtype = py::cast<std::string>(value);
-    else if (name == "transport") config.transport = py::cast<std::string>(value);
-    else if (name == "provider") config.provider = py::cast<std::string>(value);
-    else if (name == "timeout_s") config.timeout_s = py::cast<double>(value);
-    else if (name == "heartbeat_timeout_s") config.heartbeat_timeout_s = py::cast<double>(value);
-    else if (name == "memory_budget_bytes") config.memory_budget_bytes = py::cast<std::uint64_t>(value);
-    else if (name == "job_key") config.job_key = py::cast<std::string>(value);
-    else if (name == "listen_host") config.listen_host = py::cast<std::string>(value);
-    else if (name == "libfabric") config.libfabric = py::cast<std::string>(value);
-    else if (name == "libfabric_hints") config.libfabric_hints = py::cast<std::vector<std::string>>(value);
-    else if (name == "num_threads") config.num_threads = py::cast<std::uint32_t>(value);
-    else if (name == "chunk_rows") config.chunk_rows = py::cast<std::uint32_t>(value);
-    else if (name == "slots") config.slots = py::cast<std::uint32_t>(value);
-    else throw py::type_error("GroupConfig has no field '" + name + "'");
+    if (name == "rank")
+      config.topology.rank = py::cast<std::uint32_t>(value);
+    else if (name == "num_ranks")
+      config.topology.num_ranks = py::cast<std::uint32_t>(value);
+    else if (name == "node_size")
+      config.topology.node_size = py::cast<std::uint32_t>(value);
+    else if (name == "num_experts")
+      config.num_experts = py::cast<std::uint32_t>(value);
+    else if (name == "hidden_size")
+      config.hidden_size = py::cast<std::uint32_t>(value);
+    else if (name == "top_k")
+      config.top_k = py::cast<std::uint32_t>(value);
+    else if (name == "max_tokens_per_rank")
+      config.max_tokens_per_rank = py::cast<std::uint32_t>(value);
+    else if (name == "wire_dtype")
+      config.wire_dtype = py::cast<std::string>(value);
+    else if (name == "combine_dtype")
+      config.combine_dtype = py::cast<std::string>(value);
+    else if (name == "transport")
+      config.transport = py::cast<std::string>(value);
+    else if (name == "provider")
+      config.provider = py::cast<std::string>(value);
+    else if (name == "timeout_s")
+      config.timeout_s = py::cast<double>(value);
+    else if (name == "heartbeat_timeout_s")
+      config.heartbeat_timeout_s = py::cast<double>(value);
+    else if (name == "memory_budget_bytes")
+      config.memory_budget_bytes = py::cast<std::uint64_t>(value);
+    else if (name == "job_key")
+      config.job_key = py::cast<std::string>(value);
+    else if (name == "listen_host")
+      config.listen_host = py::cast<std::string>(value);
+    else if (name == "libfabric")
+      config.libfabric = py::cast<std::string>(value);
+    else if (name == "libfabric_hints")
+      config.libfabric_hints = py::cast<std::vector<std::string>>(value);
+    else if (name == "num_threads")
+      config.num_threads = py::cast<std::uint32_t>(value);
+    else if (name == "chunk_rows")
+      config.chunk_rows = py::cast<std::uint32_t>(value);
+    else if (name == "slots")
+      config.slots = py::cast<std::uint32_t>(value);
+    else
+      throw py::type_error("GroupConfig has no field '" + name + "'");
   }
   return config;
 }
@@ -74,15 +96,25 @@ DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, st
   if (plan && !plan->complete) {
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "the plan's dispatch has not finished"});
   }
-  return {pointer<const void>(x_ptr), dtype_of(dtype), num_tokens, pointer<const std::int64_t>(topk_idx_ptr),
-          pointer<const float>(topk_weights_ptr), expert_alignment, plan};
+  return {pointer<const void>(x_ptr),
+          dtype_of(dtype),
+          num_tokens,
+          pointer<const std::int64_t>(topk_idx_ptr),
+          pointer<const float>(topk_weights_ptr),
+          expert_alignment,
+          plan};
 }
 
 CombineRequest make_combine(std::uintptr_t y_ptr, const std::string& dtype, const PlanPtr& plan, std::uintptr_t out_ptr,
                             std::uintptr_t weights_ptr, std::uintptr_t weight_grads_ptr,
                             std::uintptr_t topk_weight_grads_ptr) {
-  return {pointer<const void>(y_ptr), dtype_of(dtype), plan, pointer<void>(out_ptr), pointer<const float>(weights_ptr),
-          pointer<const float>(weight_grads_ptr), pointer<float>(topk_weight_grads_ptr)};
+  return {pointer<const void>(y_ptr),
+          dtype_of(dtype),
+          plan,
+          pointer<void>(out_ptr),
+          pointer<const float>(weights_ptr),
+          pointer<const float>(weight_grads_ptr),
+          pointer<float>(topk_weight_grads_ptr)};
 }
 
 py::dict stats_dict(const runtime::GroupStats& stats) {
@@ -151,31 +183,36 @@ void bind_group(py::module_& module) {
            py::arg("config"), release())
       .def("address", [](const Group& group) { return py::bytes(group.address()); })
       .def("connect", &Group::connect, py::arg("addresses"), release())
-      .def("meet",
-           [](Group& group, const py::function& poll) {
-             py::gil_scoped_release unlocked;
-             group.meet([&poll] {
-               py::gil_scoped_acquire gil;
-               poll();
-             });
-           },
-           py::arg("poll"))
+      .def(
+          "meet",
+          [](Group& group, const py::function& poll) {
+            py::gil_scoped_release unlocked;
+            group.meet([&poll] {
+              py::gil_scoped_acquire gil;
+              poll();
+            });
+          },
+          py::arg("poll"))
       .def("check", &Group::check, release())
       .def("start", &Group::start, release())
       .def("dispatch_begin", &Group::dispatch_begin, py::arg("args"), release())
-      .def("dispatch_finish",
-           [](Group& group, std::uintptr_t out_ptr, std::uintptr_t weights_ptr) {
-             group.dispatch_finish(pointer<void>(out_ptr), pointer<float>(weights_ptr));
-           },
-           py::arg("out_ptr"), py::arg("weights_ptr"), release())
+      .def(
+          "dispatch_finish",
+          [](Group& group, std::uintptr_t out_ptr, std::uintptr_t weights_ptr) {
+            group.dispatch_finish(pointer<void>(out_ptr), pointer<float>(weights_ptr));
+          },
+          py::arg("out_ptr"), py::arg("weights_ptr"), release())
       .def("combine", &Group::combine, py::arg("args"), release())
-      .def("abort", [](Group& group, const std::string& message) { group.abort(message); }, py::arg("message"), release())
-      .def("abort_for",
-           [](Group& group, const std::string& message, int rank, bool lost) {
-             group.abort(common::Status{lost ? common::StatusCode::kPeerLost : common::StatusCode::kPeerTimeout, rank, -1,
-                                        -1, -1, message});
-           },
-           py::arg("message"), py::kw_only(), py::arg("rank"), py::arg("lost"), release())
+      .def(
+          "abort", [](Group& group, const std::string& message) { group.abort(message); }, py::arg("message"),
+          release())
+      .def(
+          "abort_for",
+          [](Group& group, const std::string& message, int rank, bool lost) {
+            group.abort(common::Status{lost ? common::StatusCode::kPeerLost : common::StatusCode::kPeerTimeout, rank,
+                                       -1, -1, -1, message});
+          },
+          py::arg("message"), py::kw_only(), py::arg("rank"), py::arg("lost"), release())
       .def("close", &Group::close, py::kw_only(), py::arg("collective"), py::arg("timeout_s"), release())
       .def("stats",
            [](Group& group) {
@@ -188,16 +225,19 @@ void bind_group(py::module_& module) {
            })
       .def("info", [](const Group& group) { return info_dict(group.info()); });
 
-  module.def("plan_memory", [](const GroupConfig& config) {
-    runtime::Sizing sizing = runtime::choose_layout(config);
-    py::dict out;
-    out["registered_bytes"] = sizing.region_bytes;
-    out["chunk_rows"] = sizing.layout.chunk_rows;
-    out["slots"] = sizing.layout.slots;
-    out["publish_slots"] = sizing.layout.publish_slots;
-    out["completion_queue_events"] = engine::max_inbound_events(sizing.layout);
-    return out;
-  }, py::arg("config"), "What a configuration registers, before anything is allocated.");
+  module.def(
+      "plan_memory",
+      [](const GroupConfig& config) {
+        runtime::Sizing sizing = runtime::choose_layout(config);
+        py::dict out;
+        out["registered_bytes"] = sizing.region_bytes;
+        out["chunk_rows"] = sizing.layout.chunk_rows;
+        out["slots"] = sizing.layout.slots;
+        out["publish_slots"] = sizing.layout.publish_slots;
+        out["completion_queue_events"] = engine::max_inbound_events(sizing.layout);
+        return out;
+      },
+      py::arg("config"), "What a configuration registers, before anything is allocated.");
 }
 
 }  // namespace moe_efa::bindings

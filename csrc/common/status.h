@@ -23,8 +23,8 @@ enum class StatusCode : int {
 
 struct Status {
   StatusCode code = StatusCode::kOk;
-  int rank = -1;           // rank in the group that is to blame
-  int phase = -1;          // proto::Phase
+  int rank = -1;   // rank in the group that is to blame
+  int phase = -1;  // proto::Phase
   std::int64_t epoch = -1;
   std::int64_t chunk = -1;  // ring sequence number
   std::string message;

@@ -358,9 +358,9 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
   }
   if (((header.flags & proto::kFlagLast) != 0) != imm.last) return reject(epoch, "last mark contradicts its immediate");
   std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, static_cast<proto::DType>(header.dtype));
-  std::uint64_t expected =
-      phase == Phase::kDispatch ? proto::dispatch_chunk_bytes(replay, header.rows, header.num_entries, row_bytes)
-                                : proto::combine_chunk_bytes(grads, header.rows, config.top_k, row_bytes);
+  std::uint64_t expected = phase == Phase::kDispatch
+                               ? proto::dispatch_chunk_bytes(replay, header.rows, header.num_entries, row_bytes)
+                               : proto::combine_chunk_bytes(grads, header.rows, config.top_k, row_bytes);
   if (header.total_bytes != expected || expected > layout_.slot_bytes(phase) || (bytes != 0 && bytes != expected)) {
     return reject(epoch, "size " + std::to_string(header.total_bytes) + " where " + std::to_string(expected) +
                              " follows from its header and " + std::to_string(bytes) + " arrived");

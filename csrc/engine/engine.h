@@ -21,8 +21,8 @@ struct EngineConfig {
   proto::Topology topology;
   proto::LayoutConfig layout;
   std::uint32_t num_nics = 1;
-  std::uint32_t max_writes_per_nic = 64;      // outstanding, towards all peers
-  const std::byte* region = nullptr;          // own region, read only: headers of what has landed
+  std::uint32_t max_writes_per_nic = 64;  // outstanding, towards all peers
+  const std::byte* region = nullptr;      // own region, read only: headers of what has landed
 };
 
 // One RDMA write with immediate, from the own region into that of a rail peer.
@@ -66,11 +66,11 @@ class Engine {
   explicit Engine(const EngineConfig& config);
 
   // --- events
-  void on_hello_wanted();                                        // say hello to every rail peer
-  void on_begun(proto::Phase phase, std::uint64_t num_epochs);   // this rank has begun that many epochs
+  void on_hello_wanted();                                       // say hello to every rail peer
+  void on_begun(proto::Phase phase, std::uint64_t num_epochs);  // this rank has begun that many epochs
   void on_descriptor(const Descriptor& descriptor);
   void on_write_done(std::uint64_t id);
-  void on_remote_imm(std::uint32_t imm, std::uint32_t bytes);    // bytes 0: the transport does not tell
+  void on_remote_imm(std::uint32_t imm, std::uint32_t bytes);  // bytes 0: the transport does not tell
   void on_released(proto::Phase phase, std::uint32_t node, std::uint64_t num_chunks);
   void on_failure(const common::Status& status);
 
@@ -115,7 +115,7 @@ class Engine {
   };
   struct ReceiveRing {
     std::uint64_t released = 0, credited = 0, arrived = 0;
-    std::vector<std::uint64_t> landed;  // per slot: sequence number + 1 of the last arrival
+    std::vector<std::uint64_t> landed;   // per slot: sequence number + 1 of the last arrival
     std::uint32_t credits_inflight = 0;  // posted, not completed
     bool credit_due = false;
   };
@@ -157,7 +157,7 @@ class Engine {
   std::vector<Nic> nics_;
   std::deque<Pending> urgent_;  // hellos and counts
   std::deque<std::pair<proto::Phase, std::uint32_t>> credits_due_;
-  std::deque<Pending> bulk_;  // chunks, in the order in which they were packed
+  std::deque<Pending> bulk_;                                      // chunks, in the order in which they were packed
   std::vector<std::uint32_t> inflight_bytes_[proto::kNumPhases];  // by node * slots + slot
   std::uint64_t outstanding_total_ = 0;
   std::vector<Action> actions_;

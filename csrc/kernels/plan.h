@@ -50,18 +50,19 @@ struct Plan {
   std::uint32_t expert_alignment = 1;
   bool complete = false;  // its dispatch has finished
 
-  std::vector<SendPlan> send;                            // [num_nodes]
-  std::vector<RingFacts> rings;                          // [node_size * num_nodes]: source (node, local rank)
+  std::vector<SendPlan> send;                              // [num_nodes]
+  std::vector<RingFacts> rings;                            // [node_size * num_nodes]: source (node, local rank)
   std::vector<std::vector<std::vector<PullEntry>>> pulls;  // [node_size * num_nodes][chunk], in row order
-  std::vector<std::vector<std::uint64_t>> masks;         // [num_nodes][row]: mates that own experts of the row; of
-                                                         // the sources on this rank's rail, which it forwards for
-  std::vector<std::int64_t> tokens_per_expert;           // [experts_per_rank]
-  std::vector<std::int64_t> offsets;                     // [experts_per_rank + 1], padded starts
+  std::vector<std::vector<std::uint64_t>> masks;           // [num_nodes][row]: mates that own experts of the row; of
+                                                           // the sources on this rank's rail, which it forwards for
+  std::vector<std::int64_t> tokens_per_expert;             // [experts_per_rank]
+  std::vector<std::int64_t> offsets;                       // [experts_per_rank + 1], padded starts
   std::int64_t rows() const { return offsets.empty() ? 0 : offsets.back(); }
 
   std::size_t nbytes() const {
     std::size_t total = 0;
-    for (const SendPlan& node : send) total += node.row_token.size() * 4 + node.entries.size() * sizeof(proto::RowEntry);
+    for (const SendPlan& node : send)
+      total += node.row_token.size() * 4 + node.entries.size() * sizeof(proto::RowEntry);
     for (const auto& ring : pulls) {
       for (const auto& chunk : ring) total += chunk.size() * sizeof(PullEntry);
     }

@@ -93,8 +93,8 @@ struct CountsRecord {
   std::uint32_t source_rank;
   std::uint32_t dtype;  // on the wire
   std::uint64_t epoch;
-  std::uint64_t call;     // number of the call in the group, both phases counted
-  std::uint64_t plan_id;  // epoch of the dispatch that made the plan
+  std::uint64_t call;       // number of the call in the group, both phases counted
+  std::uint64_t plan_id;    // epoch of the dispatch that made the plan
   std::uint64_t first_seq;  // ring sequence number of the epoch's first chunk (dispatch)
   std::uint32_t rows;       // for the destination node (dispatch)
   std::uint32_t rows_per_chunk;

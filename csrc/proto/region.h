@@ -35,10 +35,12 @@ class RegionLayout {
     std::uint32_t remote_nodes = config.num_nodes - 1;
     dispatch_slot_bytes_ = common::round_up<std::uint64_t>(
         dispatch_chunk_bytes(false, config.chunk_rows, config.chunk_rows * config.top_k,
-                             hidden_row_bytes(config.hidden_size, config.dispatch_dtype)), kAlign);
-    combine_slot_bytes_ = common::round_up<std::uint64_t>(
-        combine_chunk_bytes(true, config.chunk_rows, config.top_k,
-                            hidden_row_bytes(config.hidden_size, config.combine_dtype)), kAlign);
+                             hidden_row_bytes(config.hidden_size, config.dispatch_dtype)),
+        kAlign);
+    combine_slot_bytes_ =
+        common::round_up<std::uint64_t>(combine_chunk_bytes(true, config.chunk_rows, config.top_k,
+                                                            hidden_row_bytes(config.hidden_size, config.combine_dtype)),
+                                        kAlign);
     counts_bytes_ = common::round_up<std::uint64_t>(
         sizeof(CountsRecord) + std::uint64_t{config.experts_per_rank} * config.node_size * 4, kAlign);
     std::uint64_t end = 0;
@@ -126,7 +128,8 @@ class RegionLayout {
   // Bytes that this rank publishes and a mate forwards.
   constexpr std::uint64_t publish_slot(std::uint32_t forwarder, std::uint32_t source_node, std::uint64_t seq) const {
     return publish_ + ((forwarder * std::uint64_t{config_.num_nodes} + source_node) * config_.publish_slots +
-                       seq % config_.publish_slots) * combine_slot_bytes_;
+                       seq % config_.publish_slots) *
+                          combine_slot_bytes_;
   }
 
  private:

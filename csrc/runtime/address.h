@@ -12,9 +12,9 @@ namespace moe_efa::runtime {
 struct Address {
   std::uint32_t rank = 0;
   std::uint64_t layout_hash = 0;
-  std::string host;                          // of the control connection
+  std::string host;  // of the control connection
   std::uint32_t port = 0;
-  std::string segment;                       // shared memory that holds the region
+  std::string segment;  // shared memory that holds the region
   std::uint64_t segment_bytes = 0;
   std::vector<std::vector<std::byte>> rails;  // one opaque address per NIC
 

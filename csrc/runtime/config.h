@@ -17,21 +17,21 @@ struct GroupConfig {
   std::uint32_t hidden_size = 0;
   std::uint32_t top_k = 0;
   std::uint32_t max_tokens_per_rank = 0;
-  std::string wire_dtype = "auto";     // "auto" | "bf16" | "fp32"
+  std::string wire_dtype = "auto";  // "auto" | "bf16" | "fp32"
   std::string combine_dtype = "auto";
-  std::string transport = "none";      // what joins nodes: "none" | "shm" | "libfabric"
-  std::string provider;                // of libfabric; empty = the best present
+  std::string transport = "none";  // what joins nodes: "none" | "shm" | "libfabric"
+  std::string provider;            // of libfabric; empty = the best present
   double timeout_s = 600;
   double heartbeat_timeout_s = 20;
-  double warn_after_s = 30;            // a call that waits so long says for whom, once
+  double warn_after_s = 30;  // a call that waits so long says for whom, once
   std::uint64_t memory_budget_bytes = 1ull << 30;
-  std::string job_key;                 // equal on all ranks, unique to this group
+  std::string job_key;  // equal on all ranks, unique to this group
   std::string listen_host = "127.0.0.1";
-  std::string libfabric;               // path given by the user; empty = search
+  std::string libfabric;  // path given by the user; empty = search
   std::vector<std::string> libfabric_hints;
-  std::uint32_t num_threads = 1;       // of the CPU kernels
-  std::uint32_t chunk_rows = 0;        // 0 = derived from the budget
-  std::uint32_t slots = 0;             // 0 = derived from the budget
+  std::uint32_t num_threads = 1;  // of the CPU kernels
+  std::uint32_t chunk_rows = 0;   // 0 = derived from the budget
+  std::uint32_t slots = 0;        // 0 = derived from the budget
 };
 
 struct Sizing {

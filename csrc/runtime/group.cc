@@ -22,9 +22,9 @@ using proto::Phase;
 
 namespace {
 
-constexpr double kPatienceS = 0.5;        // before a call asks whom it waits for
-constexpr double kVerdictS = 0.5;         // after an error of a rail: for the failure detector to say what happened
-constexpr double kFarewellS = 1;          // more than the others wait, so that who knows the culprit speaks first
+constexpr double kPatienceS = 0.5;  // before a call asks whom it waits for
+constexpr double kVerdictS = 0.5;   // after an error of a rail: for the failure detector to say what happened
+constexpr double kFarewellS = 1;    // more than the others wait, so that who knows the culprit speaks first
 constexpr double kDrainS = 2;
 constexpr std::uint32_t kWritesPerNic = 64;
 
@@ -66,11 +66,10 @@ void Group::make_rails() {
   rails_ = std::move(rails.rails);
   unlink_rails_ = std::move(rails.unlink);
   std::uint32_t peers = config_.topology.num_nodes() - 1;
-  descriptors_ = std::make_unique<engine::DescriptorRing>(
-      std::size_t{peers} * proto::kNumPhases * (sizing_.layout.slots + 4));
-  engine_ = std::make_unique<engine::Engine>(
-      engine::EngineConfig{config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic,
-                           segment_.data()});
+  descriptors_ =
+      std::make_unique<engine::DescriptorRing>(std::size_t{peers} * proto::kNumPhases * (sizing_.layout.slots + 4));
+  engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{
+      config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic, segment_.data()});
   std::vector<transport::Rail*> raw;
   for (const auto& rail : rails_) raw.push_back(rail.get());
   transport::PumpConfig pump_config;
@@ -128,14 +127,15 @@ void Group::connect(const std::vector<std::string>& encoded) {
   std::vector<Address> addresses;
   for (std::uint32_t rank = 0; rank < topology.num_ranks; ++rank) {
     addresses.push_back(Address::decode(encoded[rank]));
-    if (addresses[rank].rank != rank) config_error("address of rank " + std::to_string(addresses[rank].rank) + " at " + std::to_string(rank));
+    if (addresses[rank].rank != rank)
+      config_error("address of rank " + std::to_string(addresses[rank].rank) + " at " + std::to_string(rank));
     if (addresses[rank].layout_hash != layout_hash(sizing_.layout)) {
       config_error("memory layout differs between rank " + std::to_string(topology.rank) + " and rank " +
                    std::to_string(rank) + ": same version and configuration everywhere?");
     }
     if (addresses[rank].rails.size() != rails_.size()) {
-      config_error("rank " + std::to_string(topology.rank) + " has " + std::to_string(rails_.size()) +
-                   " NICs, rank " + std::to_string(rank) + " has " + std::to_string(addresses[rank].rails.size()) +
+      config_error("rank " + std::to_string(topology.rank) + " has " + std::to_string(rails_.size()) + " NICs, rank " +
+                   std::to_string(rank) + " has " + std::to_string(addresses[rank].rails.size()) +
                    ": all ranks need the same number");
     }
   }
@@ -284,7 +284,8 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
 // --- calls
 
 kernels::CallContext Group::context() {
-  return {view_, state_, descriptors_.get(), pool_, std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size()))};
+  return {view_, state_, descriptors_.get(), pool_,
+          std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size()))};
 }
 
 template <typename Call, typename Until>
@@ -363,12 +364,13 @@ std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& requ
   if (!plan) {
     // Throws kInvalid before anything is sent or counted (I17).
     plan = kernels::cpu::build_send_plan(
-        {request.topk_idx, request.topk_weights, request.num_tokens, request.expert_alignment, context().num_nics}, view_);
+        {request.topk_idx, request.topk_weights, request.num_tokens, request.expert_alignment, context().num_nics},
+        view_);
   }
   dispatch_request_ = request;
   dispatch_plan_ = plan;
-  dispatch_.emplace(context(), kernels::DispatchArgs{request.x, request.dtype,
-                                                     wire_dtype(config_.wire_dtype, request.dtype), plan});
+  dispatch_.emplace(
+      context(), kernels::DispatchArgs{request.x, request.dtype, wire_dtype(config_.wire_dtype, request.dtype), plan});
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->sizes_known(); });
   liveness_->set_away(true);  // until the caller has memory for the rows
   phase_stats_[0].seconds += monotonic_s() - begin;
@@ -401,9 +403,8 @@ void Group::combine(const CombineRequest& request) {
   proto::DType wire = wire_dtype(config_.combine_dtype, request.dtype);
   prefer_huge_pages(request.out,
                     std::uint64_t{request.plan->num_tokens} * config_.hidden_size * proto::dtype_bytes(request.dtype));
-  kernels::cpu::CombineCall call(
-      context(), {request.y, request.dtype, wire, request.plan, request.weights, request.weight_grads, request.out,
-                  request.topk_weight_grads});
+  kernels::cpu::CombineCall call(context(), {request.y, request.dtype, wire, request.plan, request.weights,
+                                             request.weight_grads, request.out, request.topk_weight_grads});
   run(call, Phase::kCombine, [&] { return call.done(); });
   PhaseStats& stats = phase_stats_[1];
   ++stats.calls;

@@ -79,7 +79,7 @@ class Group {
   void connect(const std::vector<std::string>& addresses);  // of all ranks, by rank: maps their memory
   // Opens the control connections, after every rank has connected. `poll` is called while it waits and may throw.
   void meet(const std::function<void()>& poll);
-  void start();  // after every rank has met its peers
+  void start();        // after every rank has met its peers
   void check() const;  // throws the first failure, if there is one
 
   // Called now and then by waiting loops; may throw (an interrupted interpreter).
@@ -120,9 +120,9 @@ class Group {
   GroupConfig config_;
   Sizing sizing_;
   proto::RegionLayout layout_;
-  transport::Segment segment_;                     // own region, where mates or shared-memory rails map it
+  transport::Segment segment_;  // own region, where mates or shared-memory rails map it
   std::vector<transport::Segment> mate_segments_;
-  std::vector<std::byte*> regions_;                // [node_size]
+  std::vector<std::byte*> regions_;  // [node_size]
   proto::NodeView view_;
   kernels::RankState state_;
   ThreadPool pool_;

@@ -13,7 +13,7 @@ namespace moe_efa::runtime {
 
 struct Rails {
   std::vector<std::unique_ptr<transport::Rail>> rails;  // one per NIC
-  std::function<void()> unlink;  // once every peer has connected; may be empty
+  std::function<void()> unlink;                         // once every peer has connected; may be empty
 };
 
 Rails open_rails(const GroupConfig& config, const transport::Segment& region, std::uint32_t max_inbound_events,

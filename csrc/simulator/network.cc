@@ -16,11 +16,19 @@ constexpr double kErrorDelayNs = 1e6;  // until a write towards a dead rank fail
 }  // namespace
 
 Network::Network(const Profile& profile, const NetworkConfig& config, NetworkObserver& observer)
-    : profile_(profile), config_(config), observer_(observer), delay_(config.seed, Stream::kDelay),
-      duplicate_(config.seed, Stream::kDuplicate), again_(config.seed, Stream::kAgain),
-      poll_(config.seed, Stream::kPoll), fault_(config.seed, Stream::kFault, 1), tie_(config.seed, Stream::kTieBreak),
-      regions_(config.num_ranks), endpoints_(std::size_t{config.num_ranks} * config.num_nics),
-      dead_(config.num_ranks, false), inflight_(config.num_ranks, 0) {
+    : profile_(profile),
+      config_(config),
+      observer_(observer),
+      delay_(config.seed, Stream::kDelay),
+      duplicate_(config.seed, Stream::kDuplicate),
+      again_(config.seed, Stream::kAgain),
+      poll_(config.seed, Stream::kPoll),
+      fault_(config.seed, Stream::kFault, 1),
+      tie_(config.seed, Stream::kTieBreak),
+      regions_(config.num_ranks),
+      endpoints_(std::size_t{config.num_ranks} * config.num_nics),
+      dead_(config.num_ranks, false),
+      inflight_(config.num_ranks, 0) {
   Rng links(config.seed, Stream::kDelay, 1);
   for (std::uint32_t i = 0; i < config.num_ranks * config.num_ranks; ++i) {
     slow_links_.push_back(links.chance(profile.tail_links));
@@ -113,10 +121,10 @@ void Network::place(const Event& event) {
 void Network::enqueue(Endpoint& to, const QueueEntry& entry, const SimWrite& write) {
   to.completions.push_back(entry);
   if (to.completions.size() > config_.completion_queue) {
-    throw Violation("I12: completion queue of rank " +
-                    std::to_string(entry.event.kind == RailEvent::Kind::kRemoteImm ? write.target_rank
-                                                                                   : write.source_rank) +
-                    " overrun, " + std::to_string(config_.completion_queue) + " entries");
+    throw Violation(
+        "I12: completion queue of rank " +
+        std::to_string(entry.event.kind == RailEvent::Kind::kRemoteImm ? write.target_rank : write.source_rank) +
+        " overrun, " + std::to_string(config_.completion_queue) + " entries");
   }
 }
 

@@ -47,7 +47,7 @@ class NetworkObserver {
 struct NetworkConfig {
   std::uint32_t num_ranks = 1, node_size = 1, num_nics = 1;
   std::uint64_t seed = 0;
-  std::size_t max_inbound = 0;     // immediates that may be unpolled at a rank: its posted receives (I12)
+  std::size_t max_inbound = 0;       // immediates that may be unpolled at a rank: its posted receives (I12)
   std::size_t completion_queue = 0;  // entries per NIC: the same and the own writes
 };
 

@@ -35,7 +35,10 @@ std::string join(const Parts&... parts) {
 }  // namespace
 
 Oracle::Oracle(const Workload& world, const Profile& profile, std::vector<std::span<std::byte>> regions, Trace& trace)
-    : world_(world), regions_(std::move(regions)), trace_(trace), asleep_(world.num_ranks, false),
+    : world_(world),
+      regions_(std::move(regions)),
+      trace_(trace),
+      asleep_(world.num_ranks, false),
       forge_(profile.forge_epoch),
       forge_at_(Rng(world.seed, Stream::kFault, 2).below(world.script.size() > 40 ? 500 : 20)) {
   for (std::uint32_t node = 0; node < world.num_nodes(); ++node) layouts_.emplace_back(world.layout, node);
@@ -104,8 +107,8 @@ void Oracle::posted(const SimWrite& write) {
       trace_.add(write.source_rank, "posts credit to rank, up to", write.target_rank,
                  static_cast<std::int64_t>(free - behind));
       if (behind >= proto::kImmValueModulus / 2) {
-        fail(join("I2: rank ", write.source_rank, " grants rank ", write.target_rank, " a ",
-                  proto::phase_name(phase), " credit of ", imm.value, " when readers have released ", free));
+        fail(join("I2: rank ", write.source_rank, " grants rank ", write.target_rank, " a ", proto::phase_name(phase),
+                  " credit of ", imm.value, " when readers have released ", free));
       }
       break;
     }
@@ -120,8 +123,9 @@ void Oracle::chunk_posted(const SimWrite& write, Phase phase, const Imm& imm) {
   std::uint64_t seq = ring.size(), slots = world_.layout.slots;
   proto::ChunkHeader header;
   std::memcpy(&header, regions_[source].data() + write.request.local_offset, sizeof(header));
-  trace_.add(source, phase == Phase::kDispatch ? "posts dispatch chunk to rank, seq, epoch"
-                                                  : "posts combine chunk to rank, seq, epoch",
+  trace_.add(source,
+             phase == Phase::kDispatch ? "posts dispatch chunk to rank, seq, epoch"
+                                       : "posts combine chunk to rank, seq, epoch",
              target, static_cast<std::int64_t>(seq), static_cast<std::int64_t>(header.epoch));
   auto where = [&] {
     return join(proto::phase_name(phase), " chunk ", seq, " of rank ", source, " for rank ", target, ", epoch ",
@@ -161,8 +165,8 @@ void Oracle::counts_posted(const SimWrite& write, Phase phase) {
   std::uint32_t source = write.source_rank, target = write.target_rank, to = node(target);
   Records& sent = counts(source, phase, to);
   std::uint64_t epoch = sent.size();
-  trace_.add(source, phase == Phase::kDispatch ? "posts dispatch counts to rank, epoch"
-                                                  : "posts combine counts to rank, epoch",
+  trace_.add(source,
+             phase == Phase::kDispatch ? "posts dispatch counts to rank, epoch" : "posts combine counts to rank, epoch",
              target, static_cast<std::int64_t>(epoch));
   if (epoch >= 2) {
     if (!sent[epoch - 2].completed) {
@@ -219,10 +223,9 @@ void Oracle::completion_polled(const SimWrite& write) {
   Record* record = record_of(write);
   if (record == nullptr) return;
   record->completed = true;
-  if (checksum_of(regions_[write.source_rank].data() + write.request.local_offset, record->bytes) !=
-      record->checksum) {
-    fail(join("I11: the source of write ", write.number, " of rank ", write.source_rank, " to rank ",
-              write.target_rank, " (epoch ", record->epoch, ") changed before its completion"));
+  if (checksum_of(regions_[write.source_rank].data() + write.request.local_offset, record->bytes) != record->checksum) {
+    fail(join("I11: the source of write ", write.number, " of rank ", write.source_rank, " to rank ", write.target_rank,
+              " (epoch ", record->epoch, ") changed before its completion"));
   }
 }
 
@@ -348,8 +351,8 @@ void Oracle::check_publish(std::uint32_t rank) {
     for (std::uint32_t forwarder = 0; forwarder < world_.node_size; ++forwarder) {
       std::uint64_t done = word(rank, layout.published(forwarder, source_node));
       if (done > word(first_mate + forwarder, layout.consumed(source_node)) + world_.layout.publish_slots) {
-        fail(join("I2: rank ", rank, " publishes chunk ", done - 1, " for node ", source_node,
-                  " over one that rank ", first_mate + forwarder, " has not forwarded"));
+        fail(join("I2: rank ", rank, " publishes chunk ", done - 1, " for node ", source_node, " over one that rank ",
+                  first_mate + forwarder, " has not forwarded"));
       }
     }
     std::uint64_t offset = layout.consumed(source_node), value = word(rank, offset);

@@ -74,7 +74,7 @@ class Oracle final : public NetworkObserver {
   const Workload& world_;
   std::vector<std::span<std::byte>> regions_;
   Trace& trace_;
-  std::vector<proto::RegionLayout> layouts_;  // by node
+  std::vector<proto::RegionLayout> layouts_;                                    // by node
   std::vector<Records> chunks_[proto::kNumPhases], counts_[proto::kNumPhases];  // [source * nodes + target node]
   std::vector<std::pair<Records*, std::uint64_t>> writes_;  // by write number: where its record is; null: imm only
   std::vector<std::vector<std::uint64_t>> shadow_;          // [rank][word]: flags as last seen

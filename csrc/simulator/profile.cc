@@ -6,7 +6,7 @@
 namespace moe_efa::simulator {
 
 const std::vector<std::string>& profile_names() {
-  static const std::vector<std::string> names = {"ordered",     "srd",       "srd_harsh",  "srd_paranoid",
+  static const std::vector<std::string> names = {"ordered",     "srd",       "srd_harsh",   "srd_paranoid",
                                                  "again_storm", "peer_loss", "forged_epoch"};
   return names;
 }

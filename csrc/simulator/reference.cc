@@ -98,8 +98,8 @@ Reference::Dispatched Reference::dispatched(std::size_t call_idx, std::uint32_t 
   result.weights.assign(num_rows, 0.0f);
   std::vector<std::vector<std::byte>> inputs;
   for (std::uint32_t source = 0; source < world_.num_ranks; ++source) {
-    inputs.push_back(random_rows(world_.seed, call_idx, source, world_.routing(call, source).num_tokens, hidden,
-                                 call.user_dtype));
+    inputs.push_back(
+        random_rows(world_.seed, call_idx, source, world_.routing(call, source).num_tokens, hidden, call.user_dtype));
   }
   for (const auto& [row, origin] : expected.rows) {
     for (std::uint32_t h = 0; h < hidden; ++h) {

@@ -48,8 +48,8 @@ class Reference {
 
  private:
   const Workload& world_;
-  std::vector<std::vector<RankRows>> rows_;                       // [plan][rank]
-  std::vector<std::vector<std::vector<std::int64_t>>> row_of_;    // [plan][rank][token * top_k + k]: on the owner
+  std::vector<std::vector<RankRows>> rows_;                     // [plan][rank]
+  std::vector<std::vector<std::vector<std::int64_t>>> row_of_;  // [plan][rank][token * top_k + k]: on the owner
 };
 
 }  // namespace moe_efa::simulator

@@ -8,8 +8,20 @@
 namespace moe_efa::simulator {
 
 enum class Stream : std::uint64_t {
-  kShape = 1, kScript, kProfile, kDelay, kDuplicate, kAgain, kPoll, kSchedule, kFault, kTieBreak, kRouting, kInput,
-  kGradient, kWeight,
+  kShape = 1,
+  kScript,
+  kProfile,
+  kDelay,
+  kDuplicate,
+  kAgain,
+  kPoll,
+  kSchedule,
+  kFault,
+  kTieBreak,
+  kRouting,
+  kInput,
+  kGradient,
+  kWeight,
 };
 
 class Rng {

@@ -15,8 +15,7 @@ class Trace {
   void set_time(std::uint64_t time_ns) { time_ns_ = time_ns; }
 
   // `what` is a literal; numbers that are not negative follow it.
-  void add(std::uint32_t rank, const char* what, std::int64_t a = -1, std::int64_t b = -1,
-           std::int64_t c = -1) {
+  void add(std::uint32_t rank, const char* what, std::int64_t a = -1, std::int64_t b = -1, std::int64_t c = -1) {
     lines_[next_++ % lines_.size()] = {time_ns_, rank, what, a, b, c};
   }
 

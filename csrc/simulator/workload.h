@@ -16,7 +16,7 @@ namespace moe_efa::simulator {
 struct ScriptCall {
   enum class Kind { kDispatch, kReplay, kCombine };
   Kind kind = Kind::kDispatch;
-  std::uint32_t plan = 0;  // number of the dispatch that makes, or made, the plan
+  std::uint32_t plan = 0;                         // number of the dispatch that makes, or made, the plan
   proto::DType user_dtype = proto::DType::kFp32;  // of x or y
   proto::DType wire_dtype = proto::DType::kFp32;
   bool weighted = false;
@@ -36,9 +36,9 @@ struct Workload {
   proto::LayoutConfig layout;
   std::vector<ScriptCall> script;
   std::vector<std::vector<Routing>> routings;  // [plan][rank]
-  std::vector<double> pace;     // [rank]: how often the scheduler picks it
-  double event_share = 0.5;     // of the turns that let the network move
-  double pause_probability = 0;  // of a rank sleeping between two calls
+  std::vector<double> pace;                    // [rank]: how often the scheduler picks it
+  double event_share = 0.5;                    // of the turns that let the network move
+  double pause_probability = 0;                // of a rank sleeping between two calls
   double pause_ns = 0;
 
   std::uint32_t num_nodes() const { return num_ranks / node_size; }

@@ -49,7 +49,10 @@ struct World::RankWorld {
 World::~World() = default;
 
 World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks, std::size_t trace_lines)
-    : work_(make_workload(seed, num_ranks)), profile_(profile), trace_(trace_lines), reference_(work_),
+    : work_(make_workload(seed, num_ranks)),
+      profile_(profile),
+      trace_(trace_lines),
+      reference_(work_),
       schedule_(seed, Stream::kSchedule) {
   std::uint64_t bytes = proto::RegionLayout(work_.layout, 0).total_bytes();
   std::uint64_t flag_bytes = proto::RegionLayout(work_.layout, 0).flag_bytes();
@@ -78,14 +81,14 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     rank.view = {rank.topology, proto::RegionLayout(work_.layout, node),
                  region_pointers_.data() + std::size_t{node} * work_.node_size};
     network_->attach(r, regions_[r]);
-    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{
-        rank.topology, work_.layout, work_.num_nics, work_.max_writes_per_nic, regions_[r].data()});
+    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{rank.topology, work_.layout, work_.num_nics,
+                                                                        work_.max_writes_per_nic, regions_[r].data()});
     std::vector<transport::Rail*> rails;
     for (std::uint32_t nic = 0; nic < work_.num_nics; ++nic) {
       rails.push_back(rank.rails.emplace_back(std::make_unique<SrdRail>(*network_, r, nic)).get());
     }
-    rank.descriptors = std::make_unique<engine::DescriptorRing>(
-        proto::kNumPhases * std::size_t{work_.num_nodes() - 1} * (work_.layout.slots + 2));
+    rank.descriptors = std::make_unique<engine::DescriptorRing>(proto::kNumPhases * std::size_t{work_.num_nodes() - 1} *
+                                                                (work_.layout.slots + 2));
     transport::PumpConfig pump;
     pump.writes_per_step = work_.writes_per_step;
     rank.pump = std::make_unique<transport::Pump>(*rank.engine, rank.view, rails, *rank.descriptors, pump);
@@ -262,8 +265,8 @@ bool World::turn() {
   bool let_pass = idle_turns_ > 3ull * work_.num_ranks || schedule_.chance(work_.event_share);
   if (let_pass && !network_->empty()) return network_->step();
   double at = schedule_.uniform() * pace_sums_.back();
-  auto rank = static_cast<std::uint32_t>(std::upper_bound(pace_sums_.begin(), pace_sums_.end(), at) -
-                                         pace_sums_.begin());
+  auto rank =
+      static_cast<std::uint32_t>(std::upper_bound(pace_sums_.begin(), pace_sums_.end(), at) - pace_sums_.begin());
   rank = std::min(rank, work_.num_ranks - 1);
   return schedule_.chance(0.5) ? caller_step(rank) : pump_step(rank);
 }
@@ -323,8 +326,8 @@ void World::after_loss() {
     const common::Status failure = rank->engine->failure();
     if (!failure.ok() && failure.rank != static_cast<int>(victim_)) {
       throw Violation("I6: rank " + std::to_string(rank->topology.rank) + " blames rank " +
-                      std::to_string(failure.rank) + " where rank " + std::to_string(victim_) + " died: " +
-                      failure.message);
+                      std::to_string(failure.rank) + " where rank " + std::to_string(victim_) +
+                      " died: " + failure.message);
     }
     rank->engine->on_failure({common::StatusCode::kPeerLost, static_cast<int>(victim_), -1, -1, -1, "lost"});
     if (rank->engine->failure().rank != static_cast<int>(victim_)) throw Violation("I6: the first error did not win");

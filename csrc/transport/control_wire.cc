@@ -128,8 +128,9 @@ bool decode_abort(const std::string& payload, common::Status& status) {
   status.code = static_cast<common::StatusCode>(code);
   status.message = reader.rest();
   // The text ends up in a Python str and on a terminal: plain ASCII only.
-  std::replace_if(status.message.begin(), status.message.end(),
-                  [](unsigned char c) { return (c < 0x20 && c != '\n') || c > 0x7e; }, '?');
+  std::replace_if(
+      status.message.begin(), status.message.end(), [](unsigned char c) { return (c < 0x20 && c != '\n') || c > 0x7e; },
+      '?');
   return known && valid_rank(status.rank) && valid_phase(status.phase) && status.epoch >= -1 && status.chunk >= -1 &&
          status.message.size() <= kMaxAbortText;
 }

@@ -34,7 +34,7 @@ std::string encode_hello(const ControlHello& hello);
 std::string encode_abort(const common::Status& status);  // the text is cut at kMaxAbortText
 std::string encode_heartbeat(std::int32_t suspect);      // a rank that the sender has not heard lately, or -1
 std::string encode_goodbye(std::uint64_t progress);
-std::string encode_empty(ControlType type);              // kFarewell; kHeartbeat without a suspect
+std::string encode_empty(ControlType type);  // kFarewell; kHeartbeat without a suspect
 
 // Moves the first frame out of `buffer`.
 FrameResult take_frame(std::string& buffer, ControlFrame& frame);

@@ -64,9 +64,8 @@ std::string library_file(const std::string& entry) { return is_folder(entry) ? e
 // A program linked against headers of API <= 1.17 binds these versions: they hold that era's struct layouts.
 // Later headers append fields only, and their versions are the library's defaults.
 void* symbol(void* library, const char* name, const char* version) {
-  void* found = FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION) <= FI_VERSION(1, 17)
-                    ? ::dlvsym(library, name, version)
-                    : nullptr;
+  void* found =
+      FI_VERSION(FI_MAJOR_VERSION, FI_MINOR_VERSION) <= FI_VERSION(1, 17) ? ::dlvsym(library, name, version) : nullptr;
   return found != nullptr ? found : ::dlsym(library, name);
 }
 
@@ -92,8 +91,8 @@ std::string open_candidate(const std::string& file, LibfabricApi* api) {
   api->version = version();
   if (api->version < FI_VERSION(1, 17)) return file + ": version " + api->version_text() + " is older than 1.17";
   Dl_info where;
-  api->path = ::dladdr(reinterpret_cast<void*>(version), &where) != 0 && where.dli_fname != nullptr ? where.dli_fname
-                                                                                                   : file;
+  api->path =
+      ::dladdr(reinterpret_cast<void*>(version), &where) != 0 && where.dli_fname != nullptr ? where.dli_fname : file;
   const std::size_t slash = api->path.rfind('/');
   const std::string plugins = slash == std::string::npos ? "" : api->path.substr(0, slash) + "/libfabric";
   if (!plugins.empty() && is_folder(plugins)) api->provider_path = plugins;
@@ -119,8 +118,8 @@ int LibfabricApi::getinfo(const char* node, std::uint64_t flags, const fi_info* 
   std::lock_guard<std::mutex> lock(g_mutex);  // the guards below change process-wide state
   SignalGuard signals;
   VariableGuard plugins("FI_PROVIDER_PATH", provider_path);
-  // The efa provider would open the shm provider beside it, for peers on this host: rails have none, and what it makes in
-  // /dev/shm outlives a killed process. It reads this once, when it is loaded.
+  // The efa provider would open the shm provider beside it, for peers on this host: rails have none, and what it makes
+  // in /dev/shm outlives a killed process. It reads this once, when it is loaded.
   VariableGuard no_shm("FI_EFA_ENABLE_SHM_TRANSFER", "0");
   return getinfo_symbol(FI_VERSION(1, 17), node, nullptr, flags, hints, out);
 }
@@ -161,8 +160,10 @@ const LibfabricApi& load_libfabric(const LibfabricSearch& search) {
   }
   Status status;
   status.code = StatusCode::kConfig;
-  status.message = "no usable libfabric (>= 1.17) found; install the EFA installer's, the distribution's libfabric1, or"
-                   " name one with MOE_EFA_LIBFABRIC. Tried:" + reasons;
+  status.message =
+      "no usable libfabric (>= 1.17) found; install the EFA installer's, the distribution's libfabric1, or"
+      " name one with MOE_EFA_LIBFABRIC. Tried:" +
+      reasons;
   throw StatusError(std::move(status));
 }
 

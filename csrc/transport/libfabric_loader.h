@@ -33,7 +33,7 @@ struct LibfabricSearch {
 };
 
 struct LibfabricInfo {
-  bool built = false;   // headers were there when this extension was built
+  bool built = false;  // headers were there when this extension was built
   bool found = false;
   std::string path;     // of the library, as the loader resolved it
   std::string version;  // "2.5"
@@ -55,8 +55,8 @@ class SignalGuard {
   SignalGuard& operator=(const SignalGuard&) = delete;
 
  private:
-  static constexpr int kSignals[] = {SIGHUP,  SIGINT,  SIGQUIT, SIGILL,  SIGTRAP, SIGABRT, SIGBUS,
-                                     SIGFPE,  SIGSEGV, SIGPIPE, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD};
+  static constexpr int kSignals[] = {SIGHUP, SIGINT,  SIGQUIT, SIGILL,  SIGTRAP, SIGABRT, SIGBUS,
+                                     SIGFPE, SIGSEGV, SIGPIPE, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD};
   static constexpr std::size_t kCount = sizeof(kSignals) / sizeof(kSignals[0]);
   struct sigaction actions_[kCount];
   bool saved_[kCount];
@@ -90,14 +90,14 @@ std::string libfabric_error_text(std::int64_t error);
 
 // Runs a libfabric call; a negative result becomes StatusError(kTransport) with the call's name, its text and the
 // streamed rest, which says where ("rail 1").
-#define FI_CHECK(call, ...)                                                              \
-  do {                                                                                   \
-    const std::int64_t fi_check_result = (call);                                         \
-    if (fi_check_result < 0) [[unlikely]] {                                              \
-      std::ostringstream fi_check_stream;                                                \
-      fi_check_stream << __VA_ARGS__;                                                    \
+#define FI_CHECK(call, ...)                                                                       \
+  do {                                                                                            \
+    const std::int64_t fi_check_result = (call);                                                  \
+    if (fi_check_result < 0) [[unlikely]] {                                                       \
+      std::ostringstream fi_check_stream;                                                         \
+      fi_check_stream << __VA_ARGS__;                                                             \
       ::moe_efa::transport::throw_libfabric_error(#call, fi_check_result, fi_check_stream.str()); \
-    }                                                                                    \
+    }                                                                                             \
   } while (0)
 
 #endif  // MOE_EFA_HAVE_LIBFABRIC

@@ -40,8 +40,8 @@ namespace {
 #if !MOE_EFA_HAVE_LIBFABRIC
 
 std::unique_ptr<Rail> make_libfabric_rail(const LibfabricRailConfig& config) {
-  throw_status(StatusCode::kConfig, "rail " + std::to_string(config.rail_index) + ": " +
-                                        libfabric_info(config.search).error);
+  throw_status(StatusCode::kConfig,
+               "rail " + std::to_string(config.rail_index) + ": " + libfabric_info(config.search).error);
 }
 
 #else
@@ -49,11 +49,11 @@ std::unique_ptr<Rail> make_libfabric_rail(const LibfabricRailConfig& config) {
 namespace {
 
 // Endpoint options that headers of API 1.17 lack. Values are libfabric's ABI.
-constexpr int kOptCudaApiPermitted = 10;      // bool
+constexpr int kOptCudaApiPermitted = 10;       // bool
 constexpr int kOptSharedMemoryPermitted = 11;  // bool
 constexpr int kOptMaxRmaSize = 14;             // size_t
 constexpr int kOptEfaBase = -(0xefa << 16);
-constexpr int kOptEfaEmulatedWrite = kOptEfaBase + 2;           // bool
+constexpr int kOptEfaEmulatedWrite = kOptEfaBase + 2;            // bool
 constexpr int kOptEfaUseUnsolicitedWriteRecv = kOptEfaBase + 8;  // bool
 
 constexpr std::uint64_t kRequestedKey = 0x6d6f65;  // where the application chooses keys; one region per domain
@@ -66,7 +66,7 @@ struct CloseFid {
   void operator()(Fid* fid) const { fi_close(&fid->fid); }
 };
 template <typename Fid>
-using FidPtr = std::unique_ptr<Fid, CloseFid<Fid>>;
+using FidPtr = std::unique_ptr<Fid, CloseFid<Fid> >;
 
 // What local_address() packs, followed by name_bytes of endpoint name. All hosts are little-endian.
 struct AddressHeader {
@@ -143,9 +143,9 @@ class LibfabricRail final : public Rail {
   std::uint64_t max_write_bytes_ = 0;
   std::uint64_t write_flags_ = FI_REMOTE_CQ_DATA | FI_COMPLETION;
 
-  std::vector<Operation> writes_, receives_;    // fixed at construction: the provider holds their addresses
+  std::vector<Operation> writes_, receives_;  // fixed at construction: the provider holds their addresses
   std::vector<Operation*> free_writes_, idle_receives_;
-  std::vector<Peer> peers_;  // by node
+  std::vector<Peer> peers_;                                       // by node
   alignas(kScratchBytes) std::byte scratch_[kScratchBytes] = {};  // target of posted receives; nobody sends
   std::vector<std::byte> endpoint_name_;
 
@@ -352,7 +352,8 @@ const Peer& LibfabricRail::checked_peer(const WriteRequest& request) const {
   if (request.peer_node >= peers_.size() || !peers_[request.peer_node].known) refuse("the peer was never added");
   const Peer& peer = peers_[request.peer_node];
   auto check = [&](const char* side, std::uint64_t offset, std::uint64_t limit) {
-    if (offset <= limit && request.bytes <= limit - offset) [[likely]] return;
+    if (offset <= limit && request.bytes <= limit - offset) [[likely]]
+      return;
     refuse(std::to_string(request.bytes) + " bytes at offset " + std::to_string(offset) + " exceed the " + side +
            " region of " + std::to_string(limit));
   };
@@ -388,7 +389,8 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   message.data = request.imm;
   const ssize_t result = fi_writemsg(endpoint_.get(), &message, write_flags_);
   if (result == -FI_EAGAIN) return PostResult::kAgain;
-  if (result < 0) [[unlikely]] throw_libfabric_error("fi_writemsg", result, where(request.peer_node));
+  if (result < 0) [[unlikely]]
+    throw_libfabric_error("fi_writemsg", result, where(request.peer_node));
   free_writes_.pop_back();
   return PostResult::kPosted;
 }
@@ -447,15 +449,15 @@ bool LibfabricRail::read_error(RailEvent* event) {
   const bool receive = operation >= receives_.data() && operation < receives_.data() + receives_.size();
   if (own || receive) recycle(operation);
   char text[256] = "";
-  const char* provider_text =
-      fi_cq_strerror(completions_.get(), entry.prov_errno, entry.err_data, text, sizeof(text));
+  const char* provider_text = fi_cq_strerror(completions_.get(), entry.prov_errno, entry.err_data, text, sizeof(text));
   if (own) {
     event->id = operation->id;
     event->peer_node = static_cast<int>(operation->peer_node);
   }
-  event->error = (own ? where(operation->peer_node) + ": fi_writemsg" : where() + ": incoming write") + " failed: " +
-                 libfabric_error_text(entry.err) + ", provider: " + (provider_text != nullptr ? provider_text : "") +
-                 " (" + std::to_string(entry.prov_errno) + ")";
+  event->error = (own ? where(operation->peer_node) + ": fi_writemsg" : where() + ": incoming write") +
+                 " failed: " + libfabric_error_text(entry.err) +
+                 ", provider: " + (provider_text != nullptr ? provider_text : "") + " (" +
+                 std::to_string(entry.prov_errno) + ")";
   return true;
 }
 

@@ -16,17 +16,17 @@ namespace moe_efa::transport {
 
 struct LibfabricRailConfig {
   LibfabricSearch search;
-  std::string provider;            // "efa", "efa-direct", "tcp", "verbs", or a name as fi_info prints it;
-                                   // empty: efa where there is a device, else tcp
-  std::byte* region = nullptr;     // stays mapped until the rail is destroyed
+  std::string provider;         // "efa", "efa-direct", "tcp", "verbs", or a name as fi_info prints it;
+                                // empty: efa where there is a device, else tcp
+  std::byte* region = nullptr;  // stays mapped until the rail is destroyed
   std::uint64_t region_bytes = 0;
-  std::uint32_t num_peers = 1;     // add_peer calls to expect
-  std::uint32_t max_outstanding = 128;      // own writes in flight; the provider's queue may lower it
-  std::uint32_t max_remote_events = 1024;   // immediates in flight towards this rail (I12): sizes the completion
-                                            // queue and, where the provider wants them, the posted receives
-  std::string source_address;      // IPv4 address to bind; empty: the provider's first. Software providers only
-  std::uint32_t nic_index = 0;     // among the provider's NICs in its own order; ignored by software providers
-  int rail_index = 0;              // for messages
+  std::uint32_t num_peers = 1;             // add_peer calls to expect
+  std::uint32_t max_outstanding = 128;     // own writes in flight; the provider's queue may lower it
+  std::uint32_t max_remote_events = 1024;  // immediates in flight towards this rail (I12): sizes the completion
+                                           // queue and, where the provider wants them, the posted receives
+  std::string source_address;              // IPv4 address to bind; empty: the provider's first. Software providers only
+  std::uint32_t nic_index = 0;             // among the provider's NICs in its own order; ignored by software providers
+  int rail_index = 0;                      // for messages
 };
 
 // Throws StatusError: kConfig when the library, the provider or the NIC is missing or unfit, kTransport otherwise.

@@ -185,7 +185,11 @@ common::Status Liveness::missing_goodbye() const {
     std::string name = "rank " + std::to_string(link.peer.rank);
     bool gone = link.state == LinkState::kGone;
     if (gone || now - link.last_heard > timeout_) {
-      return {common::StatusCode::kPeerLost, link.peer.rank, -1, -1, -1,
+      return {common::StatusCode::kPeerLost,
+              link.peer.rank,
+              -1,
+              -1,
+              -1,
               name + (gone ? " died (control connection closed)" : " fell silent")};
     }
     if (missing.ok()) missing = {common::StatusCode::kPeerTimeout, link.peer.rank, -1, -1, -1, name + " is missing"};
@@ -247,8 +251,8 @@ int Liveness::suspect() const {
   if (int rank = silent_peer(Clock::now()); rank >= 0) return rank;
   if (int rank = away_peer(); rank >= 0) return rank;
   for (const Link& link : links_) {
-    bool heard_here = std::any_of(links_.begin(), links_.end(),
-                                  [&](const Link& other) { return other.peer.rank == link.suspect; });
+    bool heard_here =
+        std::any_of(links_.begin(), links_.end(), [&](const Link& other) { return other.peer.rank == link.suspect; });
     if (link.suspect >= 0 && link.suspect != config_.rank && !heard_here) return link.suspect;
   }
   return -1;

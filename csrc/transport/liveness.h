@@ -78,7 +78,8 @@ class Liveness {
 
   // The caller has left a call unfinished, in the belief that it will be back at once; or is back.
   void set_away(bool away);
-  // A rank that has been away or silent for long, though not long enough to be lost: as heard here, or by a peer; -1 if none.
+  // A rank that has been away or silent for long, though not long enough to be lost: as heard here, or by a peer; -1 if
+  // none.
   int suspect() const;
 
  private:

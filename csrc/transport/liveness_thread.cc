@@ -34,7 +34,8 @@ void Liveness::run() {
   } catch (const std::exception& error) {
     std::lock_guard<std::mutex> lock(mutex_);
     record({common::StatusCode::kInternal, config_.rank, -1, -1, -1,
-            std::string("failure detector stopped: ") + error.what()}, nullptr);
+            std::string("failure detector stopped: ") + error.what()},
+           nullptr);
   }
 }
 
@@ -138,10 +139,10 @@ bool Liveness::greet(Stranger& stranger, Clock::time_point now) {
       bring_up(*link, now);
       return false;
     }
-    std::string reason = hello.version != kControlVersion
-                             ? "it speaks version " + std::to_string(hello.version) + ", we " +
-                                   std::to_string(kControlVersion)
-                             : (hello.job_key != config_.job_key ? "wrong job key" : "not an expected peer");
+    std::string reason =
+        hello.version != kControlVersion
+            ? "it speaks version " + std::to_string(hello.version) + ", we " + std::to_string(kControlVersion)
+            : (hello.job_key != config_.job_key ? "wrong job key" : "not an expected peer");
     common::log_line("warning", config_.rank,
                      "dropped a control connection of rank " + std::to_string(hello.rank) + ": " + reason);
   }
@@ -221,7 +222,8 @@ void Liveness::take_frames(Link& link, Clock::time_point now) {
       link.said_farewell = true;
     } else if (!valid || frame.type != ControlType::kHeartbeat || !decode_heartbeat(frame.payload, link.suspect)) {
       record({common::StatusCode::kProtocol, link.peer.rank, -1, -1, -1,
-              "rank " + std::to_string(link.peer.rank) + " sent a malformed control message"}, nullptr);
+              "rank " + std::to_string(link.peer.rank) + " sent a malformed control message"},
+             nullptr);
       return end(link, "given up", now);
     }
   }
@@ -238,7 +240,8 @@ void Liveness::end(Link& link, const std::string& reason, Clock::time_point now)
   link.state = LinkState::kGone;
   if (link.said_goodbye || departed_) return;
   record({common::StatusCode::kPeerLost, link.peer.rank, -1, -1, -1,
-          "rank " + std::to_string(link.peer.rank) + " died (control connection " + reason + ")"}, &link);
+          "rank " + std::to_string(link.peer.rank) + " died (control connection " + reason + ")"},
+         &link);
 }
 
 void Liveness::bring_up(Link& link, Clock::time_point now) {

@@ -14,7 +14,11 @@ using proto::Phase;
 
 Pump::Pump(engine::Engine& engine, const proto::NodeView& view, std::vector<Rail*> rails,
            engine::DescriptorRing& descriptors, const PumpConfig& config)
-    : engine_(engine), view_(view), rails_(std::move(rails)), descriptors_(descriptors), config_(config),
+    : engine_(engine),
+      view_(view),
+      rails_(std::move(rails)),
+      descriptors_(descriptors),
+      config_(config),
       events_(config.events_per_poll) {}
 
 bool Pump::step(double now_s) {

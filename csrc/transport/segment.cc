@@ -90,7 +90,8 @@ Fd create_locked(const std::string& name) {
       continue;
     }
     if (std::chrono::steady_clock::now() > deadline) {
-      fail("shared memory /dev/shm/" + name + " exists and a live process owns it: was this job started twice on one "
+      fail("shared memory /dev/shm/" + name +
+           " exists and a live process owns it: was this job started twice on one "
            "host with the same key?");
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -148,8 +149,9 @@ int sweep_stale_segments() {
 }
 
 Segment Segment::create(const std::string& name, std::uint64_t bytes) {
-  MOE_EFA_CHECK(bytes > 0 && name.rfind(kSegmentPrefix, 0) == 0 && name.find('/') == std::string::npos &&
-                    name.size() < 256, "bad shared memory name '" << name << "' or size " << bytes);
+  MOE_EFA_CHECK(
+      bytes > 0 && name.rfind(kSegmentPrefix, 0) == 0 && name.find('/') == std::string::npos && name.size() < 256,
+      "bad shared memory name '" << name << "' or size " << bytes);
   sweep_stale_segments();
   Fd fd = create_locked(name);
   Segment segment;

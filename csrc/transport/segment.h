@@ -46,9 +46,9 @@ class Segment {
   std::string name_;
   std::byte* data_ = nullptr;
   std::uint64_t bytes_ = 0;
-  int lock_fd_ = -1;       // the owner's: its flock says that the owner lives
-  pid_t owner_pid_ = -1;   // a forked child inherits the object but not the right to remove the name
-  bool linked_ = false;    // owner only
+  int lock_fd_ = -1;      // the owner's: its flock says that the owner lives
+  pid_t owner_pid_ = -1;  // a forked child inherits the object but not the right to remove the name
+  bool linked_ = false;   // owner only
 };
 
 }  // namespace moe_efa::transport

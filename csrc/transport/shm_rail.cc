@@ -99,7 +99,8 @@ void ShmRail::add_peer(std::uint32_t node, std::span<const std::byte> blob) {
   std::memcpy(&address, blob.data(), sizeof address);
   address.region_name[kNameBytes - 1] = address.inbox_name[kNameBytes - 1] = '\0';
   if (address.magic != kAddressMagic || address.version != kAddressVersion) {
-    fail("node " + std::to_string(node) + " speaks another version of the shared-memory rail: is moe_efa the same "
+    fail("node " + std::to_string(node) +
+         " speaks another version of the shared-memory rail: is moe_efa the same "
          "everywhere?");
   }
   if (address.node != node || address.num_nodes != config_.num_nodes || address.entries != entries_ ||
@@ -131,9 +132,9 @@ PostResult ShmRail::post_write(const WriteRequest& request) {
     // Acquire: pairs with the reader's release of `head`; what it has read may be overwritten.
     peer.head = common::load_acquire(&peer.ring->head);
     if (peer.tail - peer.head > entries_) {
-      throw common::StatusError({common::StatusCode::kTransport, -1, -1, -1, -1,
-                                 "shared memory: the inbox of node " + std::to_string(request.peer_node) +
-                                     " is corrupt"});
+      throw common::StatusError(
+          {common::StatusCode::kTransport, -1, -1, -1, -1,
+           "shared memory: the inbox of node " + std::to_string(request.peer_node) + " is corrupt"});
     }
     if (peer.tail - peer.head == entries_) return PostResult::kAgain;
   }

@@ -53,12 +53,12 @@ class ShmRail final : public Rail {
   const std::uint64_t entries_;
   const std::uint64_t inbox_bytes_;
   Segment inbox_;
-  std::vector<Peer> peers_;            // by node
-  std::vector<std::uint64_t> heads_;   // by writer: next entry to read
-  std::vector<bool> corrupt_;          // by writer: reported once, not read again
-  std::vector<std::uint64_t> done_;    // ids of writes to report, a ring of kMaxDone
+  std::vector<Peer> peers_;           // by node
+  std::vector<std::uint64_t> heads_;  // by writer: next entry to read
+  std::vector<bool> corrupt_;         // by writer: reported once, not read again
+  std::vector<std::uint64_t> done_;   // ids of writes to report, a ring of kMaxDone
   std::uint64_t done_head_ = 0, done_tail_ = 0;
-  std::uint32_t next_ring_ = 0;        // where the next poll starts, so that no writer starves another
+  std::uint32_t next_ring_ = 0;  // where the next poll starts, so that no writer starves another
 };
 
 }  // namespace moe_efa::transport

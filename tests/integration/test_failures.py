@@ -196,7 +196,7 @@ def run_and_judge(
 ) -> list[Facts]:
     lingering = () if deed == "kill" else (culprit,)
     arguments = (layout, deed, point, culprit, str(mark), changes)
-    outcomes = run_ranks(lose, NUM_RANKS, *arguments, lingering=lingering, timeout=30)
+    outcomes = run_ranks(lose, NUM_RANKS, *arguments, lingering=lingering, timeout=60)
     done_at = float(mark.read_text())
     survivors = [(rank, outcome) for rank, outcome in enumerate(outcomes) if rank != culprit]
     errors = []
@@ -249,7 +249,9 @@ IN_CALLS = ("dispatch", "begun", "anywhere", "combine", "backward")
 SMALL_RINGS = {"chunk_rows": 8, "slots": 2}  # so that no call is done before its peers are in it
 
 
-@pytest.mark.parametrize("layout, point, culprit", list(cases(*IN_CALLS, "between calls", "close", every=True)))
+@pytest.mark.parametrize(
+    "layout, point, culprit", [*cases(*IN_CALLS, every=True), *cases("between calls", "close", "close", every=False)]
+)
 def test_killed_rank_is_named_at_once(layout: str, point: str, culprit: int, mark: Path) -> None:
     within_s = AT_ONCE_S + (0.5 if point == "between calls" else 0)  # there they sleep before they look
     changes = SMALL_RINGS if point == "anywhere" else {}
@@ -277,7 +279,7 @@ def test_stopped_rank_is_lost_when_it_is_silent(layout: str, point: str, culprit
     run_and_judge(layout, "stop", point, culprit, mark, types, within_s, **changes)
 
 
-@pytest.mark.parametrize("layout, point, culprit", cases("anywhere", "anywhere", "anywhere", every=False))
+@pytest.mark.parametrize("layout, point, culprit", list(cases("anywhere", "anywhere", "anywhere", every=False))[1:])
 def test_stopped_rank_is_to_blame_for_a_timeout_before_it_is_lost(
     layout: str, point: str, culprit: int, mark: Path
 ) -> None:
@@ -293,14 +295,16 @@ def test_stopped_rank_is_to_blame_for_a_timeout_before_it_is_lost(
     list(cases("dispatch", "combine", "backward", "close", "construction-mapping", every=False)),
 )
 def test_idle_rank_is_named_when_the_time_is_up(layout: str, point: str, culprit: int, mark: Path) -> None:
-    errors = run_and_judge(layout, "idle", point, culprit, mark, ("PeerTimeoutError",), 2 + SLACK_S, timeout_s=2.0)
+    errors = run_and_judge(
+        layout, "idle", point, culprit, mark, ("PeerTimeoutError",), 2 * LOAD + SLACK_S, timeout_s=2 * LOAD
+    )
     if point in IN_CALLS:
         assert all(error["phase"] and error["epoch"] is not None for error in errors), errors
 
 
 def test_idle_rank_in_the_middle_of_a_dispatch_is_named_with_the_chunk(mark: Path) -> None:
-    changes = {**SMALL_RINGS, "timeout_s": 2.0}
-    errors = run_and_judge("node4", "idle", "begun", 2, mark, ("PeerTimeoutError",), 2 + SLACK_S, **changes)
+    changes = {**SMALL_RINGS, "timeout_s": 2.0 * LOAD}
+    errors = run_and_judge("node4", "idle", "begun", 2, mark, ("PeerTimeoutError",), 2 * LOAD + SLACK_S, **changes)
     assert all(error["phase"] == "dispatch" and error["chunk"] is not None for error in errors), errors
 
 
@@ -516,7 +520,7 @@ def leave_early(rank: int, group: dist.ProcessGroup, layout: str, how: str) -> F
     x, idx, weights = inputs(rank, 0 if rank == 3 else 48)
     received = ep.dispatch(x, idx, weights)
     if rank == 0:
-        time.sleep(1.5)
+        time.sleep(1.0)
     out = ep.combine(received.x * 2, received.handle)
     torch.testing.assert_close(out.float(), x.float() * 2 * weights.sum(1, keepdim=True), rtol=0.02, atol=0.05)
     if rank == 3 and how == "exit":
@@ -533,7 +537,7 @@ def test_rank_that_leaves_owing_nothing_is_no_failure(layout: str, how: str) -> 
 def close_apart(rank: int, group: dist.ProcessGroup, layout: str) -> tuple[Facts | None, str]:
     ep = make(group, layout)
     check_round(ep, rank)
-    time.sleep(0.6 * ((rank + 2) % NUM_RANKS))
+    time.sleep(0.4 * ((rank + 2) % NUM_RANKS))
     return attempt(ep.close), ep._native.job_key
 
 

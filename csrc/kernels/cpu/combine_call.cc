@@ -76,8 +76,7 @@ bool CombineCall::step() {
 
 bool CombineCall::begin() {
   const proto::NodeView& view = context_.view;
-  if (view.topology.num_nodes() > 1 &&
-      load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
+  if (view.topology.num_nodes() > 1 && load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
     return false;
   }
   // What this rank will forward to each of its rail peers.
@@ -148,8 +147,9 @@ bool CombineCall::step_publish() {
   context_.executor.run(items.size(), [&](std::size_t i) {
     const Item& item = items[i];
     std::uint64_t seq = publish_base_[ring_index(item.local, item.node)] + item.chunk;
-    publish_chunk({&args_, item.local, item.node, item.chunk, view.own() + view.layout.publish_slot(item.local, item.node, seq)},
-                  view);
+    publish_chunk(
+        {&args_, item.local, item.node, item.chunk, view.own() + view.layout.publish_slot(item.local, item.node, seq)},
+        view);
   });
   for (const Item& item : items) {
     // Publishes the slot to the forwarder.
@@ -266,8 +266,8 @@ bool CombineCall::step_reduce() {
   for (std::uint32_t node = 0; node < nodes; ++node) {
     const SendPlan& send = plan.send[node];
     if (send.facts.num_chunks == 0) continue;
-    auto rows = static_cast<std::uint32_t>(
-        std::lower_bound(send.row_token.begin(), send.row_token.end(), limit) - send.row_token.begin());
+    auto rows = static_cast<std::uint32_t>(std::lower_bound(send.row_token.begin(), send.row_token.end(), limit) -
+                                           send.row_token.begin());
     std::uint32_t chunks = rows == send.facts.rows ? send.facts.num_chunks : rows / send.facts.rows_per_chunk;
     // Gives the slots below back to the forwarder (I2).
     store_release(view.own_word(view.layout.released(kPhase, node, view.topology.local_rank())),

@@ -34,12 +34,12 @@ class CombineCall {
   CombineArgs args_;
   Announcement own_;
   bool begun_ = false, all_announced_ = false, done_ = false;
-  std::vector<bool> announced_;               // [node_size + num_nodes]: mates, then rail peers
-  std::vector<std::uint64_t> publish_base_;   // [local * nodes + node]: also the ring position towards that source
-  std::vector<std::uint32_t> published_;      // [local * nodes + node]: chunks
-  std::vector<std::uint32_t> forwarded_;      // [node]: chunks
-  std::vector<std::uint64_t> receive_base_;   // [node]
-  std::vector<std::uint32_t> received_;       // [node]: chunks that have arrived without a gap
+  std::vector<bool> announced_;              // [node_size + num_nodes]: mates, then rail peers
+  std::vector<std::uint64_t> publish_base_;  // [local * nodes + node]: also the ring position towards that source
+  std::vector<std::uint32_t> published_;     // [local * nodes + node]: chunks
+  std::vector<std::uint32_t> forwarded_;     // [node]: chunks
+  std::vector<std::uint64_t> receive_base_;  // [node]
+  std::vector<std::uint32_t> received_;      // [node]: chunks that have arrived without a gap
   std::uint32_t tokens_done_ = 0;
 };
 

@@ -74,8 +74,7 @@ bool DispatchCall::step() {
 bool DispatchCall::begin() {
   const proto::NodeView& view = context_.view;
   // Counts buffers alternate: those of e - 2 must be wholly out of the way (I4, I11).
-  if (view.topology.num_nodes() > 1 &&
-      load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
+  if (view.topology.num_nodes() > 1 && load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
     return false;
   }
   std::vector<const RingFacts*> facts;
@@ -283,7 +282,8 @@ bool DispatchCall::step_pull() {
     const Item& item = items[i];
     const Ring& ring = rings_[ring_index(item.local, item.node)];
     std::uint64_t seq = ring.first_seq + item.chunk;
-    std::size_t source = std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
+    std::size_t source =
+        std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
     pull_chunk({args_.plan.get(), &output_, args_.x_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
                 own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
                 expert_counts_.data() + source, expert_base_.data() + source},
@@ -304,10 +304,9 @@ void DispatchCall::finish() {
   std::int64_t announced = 0;
   for (std::int64_t count : plan.tokens_per_expert) announced += count;
   if (static_cast<std::int64_t>(pulled) != announced) {
-    throw common::StatusError({common::StatusCode::kProtocol, -1, static_cast<int>(kPhase),
-                               static_cast<std::int64_t>(own_.epoch), -1,
-                               "received " + std::to_string(pulled) + " rows where " + std::to_string(announced) +
-                                   " were announced"});
+    throw common::StatusError(
+        {common::StatusCode::kProtocol, -1, static_cast<int>(kPhase), static_cast<std::int64_t>(own_.epoch), -1,
+         "received " + std::to_string(pulled) + " rows where " + std::to_string(announced) + " were announced"});
   }
   for (SendPlan& send : plan.send) {
     send.entries = {};

@@ -52,11 +52,11 @@ class DispatchCall {
   bool replay_;
   bool begun_ = false, packed_ = false, sizes_known_ = false, output_set_ = false, done_ = false;
   DispatchOutput output_;
-  std::vector<std::uint64_t> first_seq_;       // [node]
-  std::vector<std::uint32_t> next_chunk_;      // [node]
-  std::vector<Ring> rings_;                    // [local * nodes + node]
-  std::vector<std::uint32_t> expert_counts_;   // [source rank][own expert]
-  std::vector<std::int64_t> expert_base_;      // the same, first output row
+  std::vector<std::uint64_t> first_seq_;      // [node]
+  std::vector<std::uint32_t> next_chunk_;     // [node]
+  std::vector<Ring> rings_;                   // [local * nodes + node]
+  std::vector<std::uint32_t> expert_counts_;  // [source rank][own expert]
+  std::vector<std::int64_t> expert_base_;     // the same, first output row
 };
 
 }  // namespace moe_efa::kernels::cpu

@@ -29,8 +29,7 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
   header.plan_id = combine.plan->plan_id;
   header.rows = num_rows;
   header.first_row = first;
-  header.total_bytes =
-      static_cast<std::uint32_t>(proto::combine_chunk_bytes(grads, num_rows, config.top_k, row_bytes));
+  header.total_bytes = static_cast<std::uint32_t>(proto::combine_chunk_bytes(grads, num_rows, config.top_k, row_bytes));
   std::memcpy(args.slot, &header, sizeof(header));
 
   const std::byte* published[kMaxNodeSize];
@@ -54,9 +53,10 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
         for (std::uint32_t k = 0; k < config.top_k; ++k) sum[k] += part[k];
       }
     }
-    sum_rows({hidden + row * row_bytes, combine.wire_dtype, rows, nullptr, count, combine.wire_dtype,
-              config.hidden_size});
-    if (grads) std::memcpy(out_grads + std::size_t{row} * config.top_k * sizeof(float), sum, config.top_k * sizeof(float));
+    sum_rows(
+        {hidden + row * row_bytes, combine.wire_dtype, rows, nullptr, count, combine.wire_dtype, config.hidden_size});
+    if (grads)
+      std::memcpy(out_grads + std::size_t{row} * config.top_k * sizeof(float), sum, config.top_k * sizeof(float));
   }
   return header.total_bytes;
 }

@@ -30,8 +30,7 @@ std::uint32_t pack_chunk(const PackArgs& args, const proto::NodeView& view) {
   header.rows = rows;
   header.first_row = first;
   header.num_entries = num_entries;
-  header.total_bytes =
-      static_cast<std::uint32_t>(proto::dispatch_chunk_bytes(replay, rows, num_entries, row_bytes));
+  header.total_bytes = static_cast<std::uint32_t>(proto::dispatch_chunk_bytes(replay, rows, num_entries, row_bytes));
   std::memcpy(args.slot, &header, sizeof(header));
 
   if (!replay) {

@@ -14,7 +14,7 @@ struct PullArgs {
   const DispatchOutput* output = nullptr;
   proto::DType x_dtype = proto::DType::kBf16;     // of the output
   proto::DType wire_dtype = proto::DType::kBf16;  // announced by the source
-  std::uint32_t source_local = 0;  // source rank = (source_node, source_local)
+  std::uint32_t source_local = 0;                 // source rank = (source_node, source_local)
   std::uint32_t source_node = 0;
   std::uint32_t chunk = 0;  // of this epoch
   std::uint64_t seq = 0;

@@ -24,8 +24,8 @@ void reduce_tokens(const ReduceArgs& args, const proto::NodeView& view) {
   std::vector<std::uint32_t> cursor(config.num_nodes);
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
     const auto& tokens = combine.plan->send[node].row_token;
-    cursor[node] = static_cast<std::uint32_t>(
-        std::lower_bound(tokens.begin(), tokens.end(), args.token_begin) - tokens.begin());
+    cursor[node] =
+        static_cast<std::uint32_t>(std::lower_bound(tokens.begin(), tokens.end(), args.token_begin) - tokens.begin());
   }
   std::vector<const void*> rows(config.num_nodes);
   for (std::uint32_t token = args.token_begin; token < args.token_end; ++token) {
@@ -38,14 +38,14 @@ void reduce_tokens(const ReduceArgs& args, const proto::NodeView& view) {
       if (row == send.row_token.size() || send.row_token[row] != token) continue;
       ++cursor[node];
       std::uint32_t chunk = row / send.facts.rows_per_chunk, within = row - send.facts.first_row(chunk);
-      const std::byte* hidden =
-          view.own() + view.layout.ring_slot(proto::Phase::kCombine, node, args.first_seq[node] + chunk) +
-          sizeof(proto::ChunkHeader);
+      const std::byte* hidden = view.own() +
+                                view.layout.ring_slot(proto::Phase::kCombine, node, args.first_seq[node] + chunk) +
+                                sizeof(proto::ChunkHeader);
       rows[count++] = hidden + within * row_bytes;
       if (grads) {
         float part[proto::kMaxTopK];
-        std::memcpy(part, hidden + send.facts.rows_in(chunk) * row_bytes +
-                              std::size_t{within} * config.top_k * sizeof(float),
+        std::memcpy(part,
+                    hidden + send.facts.rows_in(chunk) * row_bytes + std::size_t{within} * config.top_k * sizeof(float),
                     config.top_k * sizeof(float));
         for (std::uint32_t k = 0; k < config.top_k; ++k) sum[k] += part[k];
       }

@@ -29,10 +29,10 @@ proto::NodeView view_of(std::uint32_t nodes, std::uint32_t mates, std::uint32_t 
 TEST_CASE("plan-of-a-small-batch-by-hand") {
   // 2 nodes of 2 ranks with 2 experts each: experts 0..3 on node 0, 4..7 on node 1.
   proto::NodeView view = view_of(2, 2, 2, 3);
-  std::vector<std::int64_t> topk = {5, 0, 4,     // both nodes; node 1 sorted to 4, 5
+  std::vector<std::int64_t> topk = {5,  0,  4,   // both nodes; node 1 sorted to 4, 5
                                     -1, -1, -1,  // nowhere
-                                    7, 7, -1,    // the same expert twice
-                                    4, 1, 3};
+                                    7,  7,  -1,  // the same expert twice
+                                    4,  1,  3};
   std::vector<float> weights = {.5f, .1f, .4f, NAN, NAN, NAN, .7f, .2f, NAN, .9f, .3f, .6f};
   auto plan = kernels::cpu::build_send_plan({topk.data(), weights.data(), 4, 1, 1}, view);
   REQUIRE(plan->send.size() == 2);

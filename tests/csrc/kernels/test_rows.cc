@@ -40,11 +40,21 @@ std::vector<float> values_with_specials(std::size_t count, unsigned seed) {
   float infinity = std::numeric_limits<float>::infinity();
   for (std::size_t i = 0; i < count; ++i) {
     switch (random() % 12) {
-      case 0: values.push_back(bits_to_float((random() & 0xffff0000u) | 0x8000u)); break;  // a tie
-      case 1: values.push_back(i % 2 == 0 ? infinity : -infinity); break;
-      case 2: values.push_back(-0.0f); break;
-      case 3: values.push_back(std::numeric_limits<float>::max()); break;
-      default: values.push_back(bits_to_float(random())); break;  // anything, NaN included
+      case 0:
+        values.push_back(bits_to_float((random() & 0xffff0000u) | 0x8000u));
+        break;  // a tie
+      case 1:
+        values.push_back(i % 2 == 0 ? infinity : -infinity);
+        break;
+      case 2:
+        values.push_back(-0.0f);
+        break;
+      case 3:
+        values.push_back(std::numeric_limits<float>::max());
+        break;
+      default:
+        values.push_back(bits_to_float(random()));
+        break;  // anything, NaN included
     }
   }
   return values;
@@ -109,8 +119,8 @@ TEST_CASE("sum-rows-is-the-fixed-order-sum-bitwise") {
             for (const auto& row : rows) pointers.push_back(row.data());
             std::vector<float> weights = {0.1f, -3.7f, 1e20f, 0.0f, 2.0f};
             std::vector<std::byte> out(hidden * proto::dtype_bytes(dst), std::byte{0xCD});
-            kernels::cpu::sum_rows({out.data(), dst, pointers.data(), weighted ? weights.data() : nullptr, num_rows,
-                                    src, hidden});
+            kernels::cpu::sum_rows(
+                {out.data(), dst, pointers.data(), weighted ? weights.data() : nullptr, num_rows, src, hidden});
             for (std::uint32_t i = 0; i < hidden; ++i) {
               float sum = 0;
               std::uint16_t copied = 0;

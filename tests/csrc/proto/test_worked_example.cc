@@ -33,7 +33,7 @@ std::string documented(const std::string& name) {
   std::string hex;
   std::istringstream lines(all.substr(line, end - line));
   for (std::string row; std::getline(lines, row);) {
-    row = row.substr(0, row.find('#'));                             // comments follow the bytes
+    row = row.substr(0, row.find('#'));  // comments follow the bytes
     for (char c : row.substr(row.find(':') + 1)) {
       if (std::isxdigit(static_cast<unsigned char>(c))) hex += c;
     }

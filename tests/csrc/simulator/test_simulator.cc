@@ -70,8 +70,8 @@ TEST_CASE("the-seeds-cover-what-they-should") {
         bool none = routing.num_tokens > 0;
         for (std::size_t i = 0; i < routing.topk_idx.size(); ++i) {
           none &= routing.topk_idx[i] == -1;
-          duplicate |= i % world.layout.top_k > 0 && routing.topk_idx[i] >= 0 &&
-                       routing.topk_idx[i] == routing.topk_idx[i - 1];
+          duplicate |=
+              i % world.layout.top_k > 0 && routing.topk_idx[i] >= 0 && routing.topk_idx[i] == routing.topk_idx[i - 1];
         }
         none_selected |= none;
       }
@@ -87,6 +87,4 @@ TEST_CASE("the-seeds-cover-what-they-should") {
   CHECK(duplicate);
 }
 
-TEST_CASE("an-unknown-profile-is-refused") {
-  CHECK_THROWS_AS(run_check("perfect", 0), moe_efa::common::StatusError);
-}
+TEST_CASE("an-unknown-profile-is-refused") { CHECK_THROWS_AS(run_check("perfect", 0), moe_efa::common::StatusError); }

@@ -19,7 +19,9 @@ using Clock = std::chrono::steady_clock;
 
 inline constexpr double kConnectTimeout = 20.0;
 
-inline double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 inline void nap(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
 inline bool wait_for(const std::function<bool()>& condition, double timeout_s = 10.0) {
   auto start = Clock::now();

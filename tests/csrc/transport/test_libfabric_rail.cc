@@ -376,12 +376,14 @@ TEST_CASE("a peer that is destroyed ends in errors or refusals, never in a crash
   // Later writes: refused, failed, or "try again" for as long as anyone tries; a deadline is the caller's.
   const auto deadline = Clock::now() + std::chrono::milliseconds(300);
   std::string message;
-  const StatusCode code = code_of([&] {
-    while (Clock::now() < deadline) {
-      group[0].rail->post_write({1, 64, 0, 0, 9, 600});
-      group[0].poll();
-    }
-  }, &message);
+  const StatusCode code = code_of(
+      [&] {
+        while (Clock::now() < deadline) {
+          group[0].rail->post_write({1, 64, 0, 0, 9, 600});
+          group[0].poll();
+        }
+      },
+      &message);
   CHECK((code == StatusCode::kOk || code == StatusCode::kTransport));
 }
 

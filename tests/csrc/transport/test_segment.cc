@@ -30,9 +30,7 @@ using moe_efa::common::StatusError;
 
 namespace {
 
-std::string unique_name(const std::string& role) {
-  return segment_name("test" + std::to_string(::getpid()), 0, role);
-}
+std::string unique_name(const std::string& role) { return segment_name("test" + std::to_string(::getpid()), 0, role); }
 bool exists(const std::string& name) {
   struct stat info{};
   return ::stat(("/dev/shm/" + name).c_str(), &info) == 0;
@@ -300,8 +298,13 @@ TEST_CASE("names are plain file names and differ by key, rank and role") {
   std::string odd = segment_name("a/b\n../c", 3);
   CHECK(odd.find('/') == std::string::npos);
   CHECK(odd.find('\n') == std::string::npos);
-  std::set<std::string> names{odd, segment_name("a/b", 3), segment_name("", 3), segment_name(std::string(300, 'k'), 3),
-                              segment_name("ab", 3), segment_name("ab", 4), segment_name("ab", 3, "inbox")};
+  std::set<std::string> names{odd,
+                              segment_name("a/b", 3),
+                              segment_name("", 3),
+                              segment_name(std::string(300, 'k'), 3),
+                              segment_name("ab", 3),
+                              segment_name("ab", 4),
+                              segment_name("ab", 3, "inbox")};
   CHECK(names.size() == 7);
   for (const std::string& name : names) CHECK(name.size() < 128);
 }

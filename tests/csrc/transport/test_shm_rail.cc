@@ -9,8 +9,8 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
-#include <span>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
