@@ -28,6 +28,7 @@ class GroupConfig:
         libfabric: str = "",
         libfabric_hints: list[str] = ...,
         num_threads: int = 1,
+        ranks_on_host: int = 0,
         chunk_rows: int = 0,
         slots: int = 0,
     ) -> None: ...

@@ -69,6 +69,8 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.libfabric_hints = py::cast<std::vector<std::string>>(value);
     else if (name == "num_threads")
       config.num_threads = py::cast<std::uint32_t>(value);
+    else if (name == "ranks_on_host")
+      config.ranks_on_host = py::cast<std::uint32_t>(value);
     else if (name == "chunk_rows")
       config.chunk_rows = py::cast<std::uint32_t>(value);
     else if (name == "slots")

@@ -29,9 +29,10 @@ struct GroupConfig {
   std::string listen_host = "127.0.0.1";
   std::string libfabric;  // path given by the user; empty = search
   std::vector<std::string> libfabric_hints;
-  std::uint32_t num_threads = 1;  // of the CPU kernels
-  std::uint32_t chunk_rows = 0;   // 0 = derived from the budget
-  std::uint32_t slots = 0;        // 0 = derived from the budget
+  std::uint32_t num_threads = 1;    // of the CPU kernels
+  std::uint32_t ranks_on_host = 0;  // 0 = node_size; more where one host plays several nodes
+  std::uint32_t chunk_rows = 0;     // 0 = derived from the budget
+  std::uint32_t slots = 0;          // 0 = derived from the budget
 };
 
 struct Sizing {

@@ -1,7 +1,6 @@
 #include "runtime/group.h"
 
 #include <sched.h>
-#include <time.h>
 
 #include <algorithm>
 #include <sstream>
@@ -10,6 +9,7 @@
 #include "common/check.h"
 #include "common/log.h"
 #include "kernels/cpu/plan.h"
+#include "runtime/backoff.h"
 #include "runtime/huge_pages.h"
 #include "runtime/rails.h"
 
@@ -28,9 +28,10 @@ constexpr double kFarewellS = 1;    // more than the others wait, so that who kn
 constexpr double kDrainS = 2;
 constexpr std::uint32_t kWritesPerNic = 64;
 
-void nap(double seconds) {
-  timespec pause{0, static_cast<long>(seconds * 1e9)};
-  nanosleep(&pause, nullptr);
+// Two busy threads a rank: the caller and the driver.
+bool is_crowded(const GroupConfig& config) {
+  std::uint32_t ranks = std::max(config.ranks_on_host, config.topology.node_size);
+  return std::thread::hardware_concurrency() < 2 * ranks * std::max(1u, config.num_threads);
 }
 
 std::string describe_wait(const kernels::Waiting& waiting) {
@@ -48,7 +49,8 @@ Group::Group(const GroupConfig& config)
       sizing_(choose_layout(config)),
       layout_(sizing_.layout, config.topology.node()),
       state_(config.topology),
-      pool_(std::max(1u, config.num_threads)) {
+      pool_(std::max(1u, config.num_threads)),
+      crowded_(is_crowded(config)) {
   const proto::Topology& topology = config_.topology;
   int rank = static_cast<int>(topology.rank);
   segment_ = transport::Segment::create(transport::segment_name(config_.job_key, rank), layout_.total_bytes());
@@ -76,12 +78,11 @@ void Group::make_rails() {
   pump_config.post_timeout_s = config_.timeout_s;
   pump_config.peer_left = [this](std::uint32_t rank, bool wait) { return peer_left(rank, wait); };
   pump_ = std::make_unique<transport::Pump>(*engine_, view_, raw, *descriptors_, pump_config);
-  bool spin = std::thread::hardware_concurrency() >= 2 * config_.topology.node_size * std::max(1u, config_.num_threads);
-  driver_ = std::make_unique<Driver>(*engine_, *pump_, spin, [this](const Status& status) {
+  driver_ = std::make_unique<Driver>(*engine_, *pump_, !crowded_, [this](const Status& status) {
     if (status.code == StatusCode::kTransport) {
       // A connection that breaks is mostly the first sign of a death, for which the failure detector has better words.
       double begin = monotonic_s();
-      while (!liveness_->failed() && monotonic_s() - begin < kVerdictS) nap(0.001);
+      while (!liveness_->failed() && monotonic_s() - begin < kVerdictS) sleep_us(1000);
       if (liveness_->failed()) return;
     }
     record(status);
@@ -209,7 +210,7 @@ bool Group::peer_left(std::uint32_t rank, bool wait) const {
   for (;;) {
     if (liveness_->any_goodbye() && liveness_->peer_said_goodbye(static_cast<int>(rank))) return true;
     if (!wait || liveness_->failed() || monotonic_s() - begin > kVerdictS) return false;
-    nap(0.001);
+    sleep_us(1000);
   }
 }
 
@@ -290,11 +291,12 @@ kernels::CallContext Group::context() {
 
 template <typename Call, typename Until>
 void Group::run(Call& call, Phase phase, const Until& until) {
-  // Spinning costs the other ranks of a small host their turn, so the loop yields soon and sleeps later.
-  constexpr std::uint32_t kYieldAfter = 16, kCheckEvery = 64, kSleepAfter = 4096;
+  constexpr std::uint32_t kLookEvery = 64;  // turns between two looks at the clock
+  constexpr double kCheckEveryS = 0.02;     // between two looks at anything that is not this call
   auto epoch = static_cast<std::int64_t>(call.epoch());
-  double last_moved = monotonic_s();
+  double last_moved = monotonic_s(), last_check = last_moved;
   bool warned = false;
+  Backoff backoff(crowded_);
   if (driver_) driver_->enter();
   struct Leave {
     Driver* driver;
@@ -303,29 +305,24 @@ void Group::run(Call& call, Phase phase, const Until& until) {
     }
   } leave{driver_.get()};
   try {
-    for (std::uint32_t idle = 0; !until();) {
+    while (!until()) {
       bool moved = call.step();
       if (driver_) moved |= driver_->try_step();
       if (moved) {
-        idle = 0;
+        backoff.reset();
         continue;
       }
-      ++idle;
-      if (idle == 1) last_moved = monotonic_s();
+      if (backoff.turns() == 0) last_moved = monotonic_s();
       if (liveness_->failed() && !failed_.load()) fail(peer_failure(phase, epoch, call.waiting()));
       if (failed_.load()) check_open();
-      if (idle % kCheckEvery == 0) {
-        if (interrupt_check_) interrupt_check_();
-        double idle_s = monotonic_s() - last_moved;
-        if (liveness_->any_goodbye()) check_departures(phase, epoch);
-        if (idle_s > kPatienceS) check_patience(phase, epoch, call.waiting(), idle_s, &warned);
-      }
-      if (idle > kSleepAfter) {
-        timespec pause{0, 50'000};
-        nanosleep(&pause, nullptr);
-      } else if (idle > kYieldAfter) {
-        sched_yield();
-      }
+      backoff.pause();
+      if (backoff.turns() % kLookEvery != 0) continue;
+      double now = monotonic_s();
+      if (now - last_check < kCheckEveryS) continue;
+      last_check = now;
+      if (interrupt_check_) interrupt_check_();
+      if (liveness_->any_goodbye()) check_departures(phase, epoch);
+      if (now - last_moved > kPatienceS) check_patience(phase, epoch, call.waiting(), now - last_moved, &warned);
     }
   } catch (const StatusError& error) {
     if (!failed_.load()) fail(error.status());

@@ -126,6 +126,7 @@ class Group {
   proto::NodeView view_;
   kernels::RankState state_;
   ThreadPool pool_;
+  bool crowded_;  // more busy threads than cores on this host
   std::unique_ptr<transport::Liveness> liveness_;
   std::vector<std::unique_ptr<transport::Rail>> rails_;
   std::function<void()> unlink_rails_;

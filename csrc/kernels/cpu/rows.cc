@@ -18,7 +18,62 @@ using proto::DType;
 
 namespace {
 
-constexpr std::uint32_t kBlock = 512;  // columns summed at a time: the accumulator stays in the first-level cache
+constexpr std::uint32_t kBlock = 512;      // columns summed at a time: the accumulator stays in the first-level cache
+constexpr std::uint32_t kRowsPerPass = 4;  // rows that share one load and store of the accumulator
+
+inline float widen(std::uint16_t value) { return bf16_to_float(value); }
+inline float widen(float value) { return value; }
+inline void narrow(std::uint16_t* to, float value) { *to = float_to_bf16(value); }
+inline void narrow(float* to, float value) { *to = value; }
+
+// dst = ((sum + w0*r0) + w1*r1) + ...; without a sum when this is the first pass. A weight of 1 changes no bit.
+template <typename In, typename Out, std::uint32_t kRows, bool kFirst>
+inline __attribute__((always_inline)) void add_rows(Out* dst, const float* sum, const void* const* rows,
+                                                    const float* weights, std::uint32_t begin, std::uint32_t count) {
+  const In* row[kRows];
+  float weight[kRows];
+  for (std::uint32_t k = 0; k < kRows; ++k) {
+    row[k] = static_cast<const In*>(rows[k]) + begin;
+    weight[k] = weights[k];
+  }
+#pragma GCC ivdep
+  for (std::uint32_t i = 0; i < count; ++i) {
+    float total = weight[0] * widen(row[0][i]);
+    if (!kFirst) total = sum[i] + total;
+#pragma GCC unroll 4
+    for (std::uint32_t k = 1; k < kRows; ++k) {
+      float product = weight[k] * widen(row[k][i]);
+      total += product;
+    }
+    narrow(dst + i, total);
+  }
+}
+
+template <typename Out>
+using AddRows = void (*)(Out*, const float*, const void* const*, const float*, std::uint32_t, std::uint32_t);
+
+// The loader's choice works on functions, not on templates: one name each.
+#define MOE_EFA_ADD_ROWS(name, In, Out, kRows, kFirst)                                                \
+  MOE_EFA_CLONES void name(Out* dst, const float* sum, const void* const* rows, const float* weights, \
+                           std::uint32_t begin, std::uint32_t count) {                                \
+    add_rows<In, Out, kRows, kFirst>(dst, sum, rows, weights, begin, count);                          \
+  }
+#define MOE_EFA_ADD_ROWS_TABLE(name, In, Out)                                                                   \
+  MOE_EFA_ADD_ROWS(name##_first_1, In, Out, 1, true)                                                            \
+  MOE_EFA_ADD_ROWS(name##_first_2, In, Out, 2, true)                                                            \
+  MOE_EFA_ADD_ROWS(name##_first_3, In, Out, 3, true)                                                            \
+  MOE_EFA_ADD_ROWS(name##_first_4, In, Out, 4, true)                                                            \
+  MOE_EFA_ADD_ROWS(name##_next_1, In, Out, 1, false)                                                            \
+  MOE_EFA_ADD_ROWS(name##_next_2, In, Out, 2, false)                                                            \
+  MOE_EFA_ADD_ROWS(name##_next_3, In, Out, 3, false)                                                            \
+  MOE_EFA_ADD_ROWS(name##_next_4, In, Out, 4, false)                                                            \
+  constexpr AddRows<Out> name[2][kRowsPerPass] = {{name##_next_1, name##_next_2, name##_next_3, name##_next_4}, \
+                                                  {name##_first_1, name##_first_2, name##_first_3, name##_first_4}};
+
+MOE_EFA_ADD_ROWS_TABLE(bf16_to_bf16_sum, std::uint16_t, std::uint16_t)
+MOE_EFA_ADD_ROWS_TABLE(bf16_to_fp32_sum, std::uint16_t, float)
+MOE_EFA_ADD_ROWS_TABLE(fp32_to_bf16_sum, float, std::uint16_t)
+MOE_EFA_ADD_ROWS_TABLE(fp32_to_fp32_sum, float, float)
 
 MOE_EFA_CLONES void bf16_to_fp32(float* __restrict dst, const std::uint16_t* __restrict src, std::uint32_t count) {
   for (std::uint32_t i = 0; i < count; ++i) dst[i] = bf16_to_float(src[i]);
@@ -28,36 +83,25 @@ MOE_EFA_CLONES void fp32_to_bf16(std::uint16_t* __restrict dst, const float* __r
   for (std::uint32_t i = 0; i < count; ++i) dst[i] = float_to_bf16(src[i]);
 }
 
-MOE_EFA_CLONES void add_bf16(float* __restrict sum, const std::uint16_t* __restrict row, std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) sum[i] += bf16_to_float(row[i]);
-}
-
-MOE_EFA_CLONES void add_fp32(float* __restrict sum, const float* __restrict row, std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) sum[i] += row[i];
-}
-
-MOE_EFA_CLONES void scale_bf16(float* __restrict sum, const std::uint16_t* __restrict row, float weight,
-                               std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) sum[i] = weight * bf16_to_float(row[i]);
-}
-
-MOE_EFA_CLONES void scale_fp32(float* __restrict sum, const float* __restrict row, float weight, std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) sum[i] = weight * row[i];
-}
-
-MOE_EFA_CLONES void add_scaled_bf16(float* __restrict sum, const std::uint16_t* __restrict row, float weight,
-                                    std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) {
-    float product = weight * bf16_to_float(row[i]);
-    sum[i] += product;
-  }
-}
-
-MOE_EFA_CLONES void add_scaled_fp32(float* __restrict sum, const float* __restrict row, float weight,
-                                    std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) {
-    float product = weight * row[i];
-    sum[i] += product;
+template <typename Out>
+void sum_in_passes(const SumRowsArgs& args, const AddRows<float> (&to_sum)[2][kRowsPerPass],
+                   const AddRows<Out> (&to_out)[2][kRowsPerPass]) {
+  static constexpr float kOnes[kRowsPerPass] = {1, 1, 1, 1};
+  auto* out = static_cast<Out*>(args.dst);
+  alignas(64) float sum[kBlock];
+  // Few rows need no accumulator, and so no blocks.
+  std::uint32_t block = args.num_rows <= kRowsPerPass ? args.hidden_size : kBlock;
+  for (std::uint32_t begin = 0; begin < args.hidden_size; begin += block) {
+    std::uint32_t count = args.hidden_size - begin < block ? args.hidden_size - begin : block;
+    for (std::uint32_t row = 0; row < args.num_rows; row += kRowsPerPass) {
+      std::uint32_t left = args.num_rows - row;
+      const float* weights = args.weights != nullptr ? args.weights + row : kOnes;
+      if (left > kRowsPerPass) {
+        to_sum[row == 0][kRowsPerPass - 1](sum, sum, args.rows + row, weights, begin, count);
+      } else {
+        to_out[row == 0][left - 1](out + begin, sum, args.rows + row, weights, begin, count);
+      }
+    }
   }
 }
 
@@ -82,32 +126,11 @@ void sum_rows(const SumRowsArgs& args) {
     convert_row(args.dst, args.dst_dtype, args.rows[0], args.src_dtype, args.hidden_size);
     return;
   }
-  alignas(64) float sum[kBlock];
-  for (std::uint32_t begin = 0; begin < args.hidden_size; begin += kBlock) {
-    std::uint32_t count = args.hidden_size - begin < kBlock ? args.hidden_size - begin : kBlock;
-    for (std::uint32_t i = 0; i < args.num_rows; ++i) {
-      if (args.src_dtype == DType::kBf16) {
-        const auto* row = static_cast<const std::uint16_t*>(args.rows[i]) + begin;
-        if (args.weights == nullptr) {
-          i == 0 ? bf16_to_fp32(sum, row, count) : add_bf16(sum, row, count);
-        } else {
-          i == 0 ? scale_bf16(sum, row, args.weights[i], count) : add_scaled_bf16(sum, row, args.weights[i], count);
-        }
-      } else {
-        const auto* row = static_cast<const float*>(args.rows[i]) + begin;
-        if (args.weights == nullptr) {
-          i == 0 ? static_cast<void>(std::memcpy(sum, row, count * sizeof(float))) : add_fp32(sum, row, count);
-        } else {
-          i == 0 ? scale_fp32(sum, row, args.weights[i], count) : add_scaled_fp32(sum, row, args.weights[i], count);
-        }
-      }
-    }
-    if (args.dst_dtype == DType::kBf16) {
-      fp32_to_bf16(static_cast<std::uint16_t*>(args.dst) + begin, sum, count);
-    } else {
-      std::memcpy(static_cast<float*>(args.dst) + begin, sum, count * sizeof(float));
-    }
-  }
+  bool bf16_in = args.src_dtype == DType::kBf16, bf16_out = args.dst_dtype == DType::kBf16;
+  if (bf16_in && bf16_out) return sum_in_passes<std::uint16_t>(args, bf16_to_fp32_sum, bf16_to_bf16_sum);
+  if (bf16_in) return sum_in_passes<float>(args, bf16_to_fp32_sum, bf16_to_fp32_sum);
+  if (bf16_out) return sum_in_passes<std::uint16_t>(args, fp32_to_fp32_sum, fp32_to_bf16_sum);
+  sum_in_passes<float>(args, fp32_to_fp32_sum, fp32_to_fp32_sum);
 }
 
 }  // namespace moe_efa::kernels::cpu

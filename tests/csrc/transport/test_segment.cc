@@ -252,11 +252,11 @@ TEST_CASE("who loses a race for the last room gets an error, not a SIGBUS later"
   int rc = in_child([] {
     if (::unshare(CLONE_NEWNS) != 0 && ::unshare(CLONE_NEWNS | CLONE_NEWUSER) != 0) return 77;
     if (::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) return 77;
-    if (::mount("tmpfs", "/dev/shm", "tmpfs", 0, "size=8m") != 0) return 77;
+    if (::mount("tmpfs", "/dev/shm", "tmpfs", 0, "size=64m") != 0) return 77;
     auto compete = [](int rank) {
-      for (int i = 0; i < 300; ++i) {
+      for (int i = 0; i < 60; ++i) {
         try {
-          Segment segment = Segment::create(segment_name("last", rank), 6 << 20);
+          Segment segment = Segment::create(segment_name("last", rank), 36 << 20);
           std::memset(segment.data(), 1, segment.size());
         } catch (const StatusError&) {
         }
