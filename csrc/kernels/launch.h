@@ -67,6 +67,7 @@ struct Waiting {
   int rank = -1;
   std::int64_t chunk = -1;
   const char* what = "";
+  bool absent = false;  // it has not entered the call; otherwise it may itself be waiting for another
 };
 
 }  // namespace moe_efa::kernels

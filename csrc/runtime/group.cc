@@ -25,6 +25,7 @@ namespace {
 constexpr double kPatienceS = 0.5;  // before a call asks whom it waits for
 constexpr double kVerdictS = 0.5;   // after an error of a rail: for the failure detector to say what happened
 constexpr double kFarewellS = 1;    // more than the others wait, so that who knows the culprit speaks first
+constexpr double kHearsayS = 1;     // before a rank blames one that may be waiting for another
 constexpr double kDrainS = 2;
 constexpr std::uint32_t kWritesPerNic = 64;
 
@@ -271,12 +272,13 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
          << describe_wait(waiting);
     common::log_line("warning", static_cast<int>(config_.topology.rank), text.str());
   }
-  if (idle_s > config_.timeout_s) {
+  // Ranks wait for each other in chains; one that has stopped is at the end of all of them. Who sees it stand still
+  // speaks first, who only waits for a rank that may be waiting itself gives the others a moment to say so.
+  int suspect = liveness_->suspect();
+  if (idle_s > config_.timeout_s + (suspect >= 0 || waiting.absent ? 0 : kHearsayS)) {
     std::ostringstream text;
     text << proto::phase_name(phase) << " epoch " << epoch << " on rank " << config_.topology.rank
          << " made no progress for " << config_.timeout_s << " s: waiting" << describe_wait(waiting);
-    // Ranks wait for each other in chains; one that has stopped is at the end of all of them.
-    int suspect = liveness_->suspect();
     if (suspect >= 0 && suspect != waiting.rank) text << "; rank " << suspect << " has been silent for a while";
     fail(status_of(StatusCode::kPeerTimeout, suspect >= 0 ? suspect : waiting.rank, text.str()));
   }

@@ -48,6 +48,7 @@ class _Outcome(NamedTuple):
     result: Any
     error: str | None
     exception: BaseException | None
+    at: float = 0.0  # of the error, by the host's monotonic clock, before this rank's end could fail others
 
 
 def spawn(
@@ -106,7 +107,7 @@ def _collect(
     folder: Path,
 ) -> list[Any]:
     results: list[Any] = [None] * len(processes)
-    failures: list[tuple[int, _Outcome]] = []  # in the order of their arrival
+    failures: list[tuple[int, _Outcome]] = []
     waiting = dict(enumerate(pipes))
     while waiting:
         limit = deadline - time.monotonic()
@@ -121,13 +122,14 @@ def _collect(
                 if rank in may_die:
                     continue
                 text = f"ended without a result, exit code {processes[rank].exitcode}"
-                outcome = _Outcome(None, text, None)
+                outcome = _Outcome(None, text, None, time.monotonic())
             if outcome.error is None:
                 results[rank] = outcome.result
             else:
                 if not failures:
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
                 failures.append((rank, outcome))
+    failures.sort(key=lambda failure: failure[1].at)
     if failures:
         raise _rank_error(failures, sorted(waiting)) from failures[0][1].exception
     if waiting:
@@ -189,6 +191,9 @@ def _run_rank(payload: bytes, rank: int, num_ranks: int, folder: str, timeout: f
         faulthandler.unregister(signal.SIGUSR1)
 
 
+_failed_at = 0.0  # of this rank
+
+
 def _call(payload: bytes, rank: int, num_ranks: int, folder: str, timeout: float) -> Any:
     dist.init_process_group(
         "gloo",
@@ -202,6 +207,10 @@ def _call(payload: bytes, rank: int, num_ranks: int, folder: str, timeout: float
         _import(module_name, module_file)
         fn, args = pickle.loads(pickled)
         return fn(rank, dist.group.WORLD, *args)
+    except BaseException:
+        global _failed_at
+        _failed_at = time.monotonic()
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -223,10 +232,10 @@ def _import(name: str, file: str | None) -> None:
 
 def _pickle_failure(text: str, error: BaseException) -> bytes:
     try:
-        message = pickle.dumps(_Outcome(None, text, error))
+        message = pickle.dumps(_Outcome(None, text, error, _failed_at))
         pickle.loads(message)  # exceptions with keyword arguments pickle but often do not load
     except Exception:
-        message = pickle.dumps(_Outcome(None, text, None))
+        message = pickle.dumps(_Outcome(None, text, None, _failed_at))
     return message
 
 

@@ -280,7 +280,7 @@ Waiting CombineCall::waiting() const {
   const proto::NodeView& view = context_.view;
   std::uint32_t local = view.topology.local_rank();
   if (!begun_) return {-1, -1, "for its own earlier writes to complete"};
-  if (int absent = absent_rank(context_, own_); absent >= 0) return {absent, -1, "to enter the call"};
+  if (int absent = absent_rank(context_, own_); absent >= 0) return {absent, -1, "to enter the call", true};
   for (std::uint32_t node = 0; node < view.topology.num_nodes(); ++node) {
     if (forwarded_[node] == ring_facts(local, node).num_chunks) continue;
     std::uint64_t seq = publish_base_[ring_index(local, node)] + forwarded_[node];

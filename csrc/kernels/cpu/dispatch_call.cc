@@ -319,7 +319,7 @@ void DispatchCall::finish() {
 Waiting DispatchCall::waiting() const {
   const proto::NodeView& view = context_.view;
   if (!begun_) return {-1, -1, "for its own earlier writes to complete"};
-  if (int absent = absent_rank(context_, own_); absent >= 0) return {absent, -1, "to enter the call"};
+  if (int absent = absent_rank(context_, own_); absent >= 0) return {absent, -1, "to enter the call", true};
   if (!sizes_known_) return {-1, -1, "for counts"};
   for (std::uint32_t local = 0; local < view.topology.node_size; ++local) {
     for (std::uint32_t node = 0; node < view.topology.num_nodes(); ++node) {
