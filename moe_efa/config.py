@@ -14,6 +14,17 @@ _DTYPES = ("auto", "bf16", "fp32")
 _TRANSPORTS = ("auto", "shm", "libfabric")
 
 
+_MOST = {  # far beyond any use, within what the native layer's integers hold
+    "num_experts": 1 << 24,
+    "hidden_size": 1 << 24,
+    "max_tokens_per_rank": 1 << 26,
+    "memory_budget_bytes": 1 << 48,
+    "node_size": 1 << 20,
+    "chunk_rows": 1 << 16,
+    "slots": 1 << 13,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertParallelConfig:
     """What all ranks of a group must agree on.
@@ -65,6 +76,9 @@ class ExpertParallelConfig:
             _check_integer(name, getattr(self, name), minimum=0)
         if self.node_size is not None:
             _check_integer("node_size", self.node_size, minimum=1)
+        for name, most in _MOST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ConfigError(f"{name}={getattr(self, name)} is more than {most}")
         for name in ("timeout_s", "heartbeat_timeout_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:

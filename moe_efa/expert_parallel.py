@@ -15,6 +15,8 @@ from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
 from moe_efa.handle import DispatchResult, Handle
 
+_MAX_ROWS = 2**31 - 1  # offsets are int32
+
 
 class ExpertParallel:
     """Dispatch and combine among the ranks of a group. Construction is collective.
@@ -152,6 +154,9 @@ class ExpertParallel:
         self._check_routing(x, topk_idx, topk_weights)
         if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
             raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
+        most_rows = self.num_ranks * self.config.max_tokens_per_rank * self.config.top_k
+        if expert_alignment > 1 and most_rows + self.num_local_experts * (expert_alignment - 1) > _MAX_ROWS:
+            raise ValueError(f"expert_alignment={expert_alignment} could pad the rows of a rank beyond {_MAX_ROWS}")
         rows, weights, plan = ops.dispatch(self._native, x, topk_idx, topk_weights, expert_alignment)
         handle = Handle(
             plan=plan,

@@ -39,6 +39,7 @@ class NativeGroup:
         self.references = 0
         self.usable = True  # False after a transport error and after closing
         self._native = native
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed: Exception | None = None  # what calls raise once the native group is closed
 
@@ -105,9 +106,11 @@ class NativeGroup:
 
     def release(self) -> None:
         """Drop one reference; the last one closes the native group together with its peers. Collective."""
-        self.references -= 1
-        if self.references > 0:
-            return
+        self._check_process()
+        with _registry_lock:
+            self.references -= 1
+            if self.references > 0:
+                return
         with self._lock:
             if self._closed is None:
                 collective = self.usable
@@ -124,6 +127,10 @@ class NativeGroup:
     def close_at_exit(self, timeout_s: float) -> None:
         """Close without the peers. A call that another thread has not finished is left to the end of the process."""
         self._close_here(None, timeout_s)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClosedError("this ExpertParallel belongs to the process that forked this one")
 
     def _close_here(self, reason: TransportError | None, timeout_s: float) -> None:
         if not self._lock.acquire(timeout=timeout_s):
@@ -148,20 +155,23 @@ class NativeGroup:
 
     def _dispatch(self, args: _C.DispatchArgs, x: Tensor, *, with_weights: bool) -> tuple[_C.Plan, Tensor, Tensor]:
         with self._call():
-            plan = self._native.dispatch_begin(args)
             try:
+                plan = self._native.dispatch_begin(args)
                 rows = torch.empty(plan.rows, self.config.hidden_size, dtype=x.dtype)
                 weights = torch.empty(plan.rows if with_weights else 0, dtype=torch.float32)
-            except BaseException as error:
+                self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0)
+            except (TransportError, ValueError):
+                raise  # the native group knows: failed, or refused before anything was sent
+            except BaseException as error:  # no memory, an interrupt: the others wait for this rank's second half
                 self.usable = False
-                self._native.abort(f"rank {self.rank} could not allocate {plan.rows} rows: {error}")
+                self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
                 raise
-            self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0)
         return plan, rows, weights
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """Hold the lock during a native call; after a transport error nobody new shares the native group."""
+        self._check_process()
         with self._lock:
             if self._closed is not None:
                 raise self._closed
@@ -185,7 +195,8 @@ def _pointer(tensor: Tensor | None) -> int:
 _Key = tuple[int, tuple[int, ...], ExpertParallelConfig]
 _registry: dict[_Key, NativeGroup] = {}
 _live: set[NativeGroup] = set()
-_registry_lock = threading.Lock()
+_registry_lock = threading.Lock()  # held for a moment only
+_building: dict[tuple[int, ...], threading.Lock] = {}  # by ranks: one construction of a group at a time
 _hooked_pid: int | None = None
 
 
@@ -197,7 +208,10 @@ def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | Conf
     """
     key = None if isinstance(config, ConfigError) else (os.getpid(), rendezvous.ranks_of(group), config)
     with _registry_lock:
-        existing = None if key is None else _registry.get(key)
+        building = _building.setdefault(rendezvous.ranks_of(group), threading.Lock())
+    with building:
+        with _registry_lock:
+            existing = None if key is None else _registry.get(key)
         if existing is not None and not existing.usable:
             existing = None
         meeting = rendezvous.Rendezvous(group, _timeout_s(config))
@@ -210,10 +224,13 @@ def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | Conf
         assert isinstance(config, ExpertParallelConfig)
         if existing is None or agreement.shared_key is None:
             native = rendezvous.build(meeting, config, agreement)
-            existing = _registry[key] = NativeGroup(native, config, agreement)
-            _live.add(existing)
-            _hook_exit()
-        existing.references += 1
+            existing = NativeGroup(native, config, agreement)
+            with _registry_lock:
+                _registry[key] = existing
+                _live.add(existing)
+                _hook_exit()
+        with _registry_lock:
+            existing.references += 1
         return existing
 
 
@@ -222,9 +239,10 @@ def _timeout_s(config: ExpertParallelConfig | ConfigError) -> float:
 
 
 def _forget(native_group: NativeGroup) -> None:
-    _live.discard(native_group)
-    for key in [key for key, value in _registry.items() if value is native_group]:
-        del _registry[key]
+    with _registry_lock:
+        _live.discard(native_group)
+        for key in [key for key, value in _registry.items() if value is native_group]:
+            del _registry[key]
 
 
 def _hook_exit() -> None:

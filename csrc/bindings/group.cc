@@ -1,5 +1,8 @@
 // Group, its configuration, plans and call arguments. Every call releases the GIL.
 #include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <memory>
 
 #include "bindings/bindings.h"
 #include "common/status.h"
@@ -85,6 +88,15 @@ void check_interrupt() {
   py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
+
+// A child of fork() has the object but not its threads: there it is left alone.
+struct DeleteInOwnProcess {
+  pid_t pid = getpid();
+  void operator()(Group* group) const {
+    if (getpid() == pid) delete group;
+  }
+};
+using GroupPtr = std::unique_ptr<Group, DeleteInOwnProcess>;
 
 // Plans go back and forth between Python and a running call; they are immutable once their dispatch has finished.
 using PlanPtr = std::shared_ptr<kernels::Plan>;
@@ -176,9 +188,9 @@ void bind_group(py::module_& module) {
            py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("weight_grads_ptr") = 0,
            py::arg("topk_weight_grads_ptr") = 0);
 
-  py::class_<Group>(module, "Group")
+  py::class_<Group, GroupPtr>(module, "Group")
       .def(py::init([](const GroupConfig& config) {
-             auto group = std::make_unique<Group>(config);
+             GroupPtr group(new Group(config));
              group->set_interrupt_check(&check_interrupt);
              return group;
            }),

@@ -26,7 +26,7 @@ static_assert(sizeof(Descriptor) == 16);
 
 class DescriptorRing {
  public:
-  // Outstanding descriptors never exceed the send slots plus two counts per peer and phase.
+  // See engine::max_descriptors.
   explicit DescriptorRing(std::size_t capacity) : entries_(capacity + 1) {}
 
   void push(const Descriptor& descriptor) {

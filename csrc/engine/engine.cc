@@ -32,6 +32,10 @@ std::uint64_t max_inbound_events(const proto::LayoutConfig& layout) {
   return (layout.num_nodes - 1) * per_peer;
 }
 
+std::size_t max_descriptors(const proto::LayoutConfig& layout) {
+  return (layout.num_nodes - 1) * std::size_t{kNumPhases} * (layout.slots + 2);
+}
+
 Engine::Engine(const EngineConfig& config)
     : topology_(config.topology),
       layout_(config.layout, config.topology.node()),

@@ -61,6 +61,9 @@ inline constexpr std::uint32_t kMaxCreditsInFlight = 4;
 // Immediates that can be on their way to one rank at most, and so the least size of its completion queue (I12).
 std::uint64_t max_inbound_events(const proto::LayoutConfig& layout);
 
+// Descriptors that can wait for the driver at most: the send slots, and the counts of two live epochs.
+std::size_t max_descriptors(const proto::LayoutConfig& layout);
+
 class Engine {
  public:
   explicit Engine(const EngineConfig& config);

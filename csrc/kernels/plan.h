@@ -1,5 +1,5 @@
 // Plan: the routing facts of one dispatch, kept by the handle for combine, backward and replays (I8). It owns no slot
-// and no payload; at most 16 bytes per received row.
+// and no payload: 8 bytes per received row, 4 per row sent, one mask (a byte for nodes of 8) per row forwarded.
 #pragma once
 
 #include <cstdint>
@@ -53,10 +53,23 @@ struct Plan {
   std::vector<SendPlan> send;                              // [num_nodes]
   std::vector<RingFacts> rings;                            // [node_size * num_nodes]: source (node, local rank)
   std::vector<std::vector<std::vector<PullEntry>>> pulls;  // [node_size * num_nodes][chunk], in row order
-  std::vector<std::vector<std::uint64_t>> masks;           // [num_nodes][row]: mates that own experts of the row; of
-                                                           // the sources on this rank's rail, which it forwards for
+  std::uint32_t mask_bytes = 1;                            // ceil(node_size / 8)
+  std::vector<std::vector<std::uint8_t>> masks;            // [num_nodes][row * mask_bytes]: mates that own experts of
+                                                           // the row, of the sources that this rank forwards for
   std::vector<std::int64_t> tokens_per_expert;             // [experts_per_rank]
   std::vector<std::int64_t> offsets;                       // [experts_per_rank + 1], padded starts
+  void set_mask(std::uint32_t node, std::uint32_t row, std::uint64_t mask) {
+    for (std::uint32_t i = 0; i < mask_bytes; ++i) {
+      masks[node][std::size_t{row} * mask_bytes + i] = static_cast<std::uint8_t>(mask >> (8 * i));
+    }
+  }
+  std::uint64_t mask(std::uint32_t node, std::uint32_t row) const {
+    std::uint64_t mask = 0;
+    for (std::uint32_t i = 0; i < mask_bytes; ++i) {
+      mask |= std::uint64_t{masks[node][std::size_t{row} * mask_bytes + i]} << (8 * i);
+    }
+    return mask;
+  }
   std::int64_t rows() const { return offsets.empty() ? 0 : offsets.back(); }
 
   std::size_t nbytes() const {
@@ -66,7 +79,7 @@ struct Plan {
     for (const auto& ring : pulls) {
       for (const auto& chunk : ring) total += chunk.size() * sizeof(PullEntry);
     }
-    for (const auto& mask : masks) total += mask.size() * 8;
+    for (const auto& mask : masks) total += mask.size();
     return total;
   }
 };

@@ -58,6 +58,10 @@ Sizing choose_layout(const GroupConfig& config) {
   layout.dispatch_dtype = widest(config.wire_dtype, "wire_dtype");
   layout.combine_dtype = widest(config.combine_dtype, "combine_dtype");
 
+  if (config.slots > proto::kMaxSlots || config.chunk_rows > 1u << 16) {
+    config_error("slots " + std::to_string(config.slots) + " or chunk_rows " + std::to_string(config.chunk_rows) +
+                 " exceed " + std::to_string(proto::kMaxSlots) + " and 65536");
+  }
   std::uint64_t least = 0;
   // The largest chunk, then the longest ring, that fit the budget; a ring never holds more than a whole round.
   for (std::uint32_t rows = config.chunk_rows != 0 ? config.chunk_rows : kChunkRows; rows >= 1; rows /= 2) {
@@ -80,6 +84,11 @@ Sizing choose_layout(const GroupConfig& config) {
         }
       }
       sizing.region_bytes = bytes_with(low);
+      proto::RegionLayout chosen(layout, 0);
+      // Chunk sizes travel as 32-bit numbers.
+      for (proto::Phase phase : {proto::Phase::kDispatch, proto::Phase::kCombine}) {
+        if (chosen.slot_bytes(phase) > UINT32_MAX) config_error("a chunk of so many rows exceeds 4 GiB");
+      }
       return sizing;
     }
     if (config.chunk_rows != 0) break;

@@ -68,9 +68,7 @@ void Group::make_rails() {
   Rails rails = open_rails(config_, segment_, static_cast<std::uint32_t>(inbound), kWritesPerNic);
   rails_ = std::move(rails.rails);
   unlink_rails_ = std::move(rails.unlink);
-  std::uint32_t peers = config_.topology.num_nodes() - 1;
-  descriptors_ =
-      std::make_unique<engine::DescriptorRing>(std::size_t{peers} * proto::kNumPhases * (sizing_.layout.slots + 4));
+  descriptors_ = std::make_unique<engine::DescriptorRing>(engine::max_descriptors(sizing_.layout));
   engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{
       config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic, segment_.data()});
   std::vector<transport::Rail*> raw;

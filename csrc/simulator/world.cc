@@ -87,8 +87,7 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     for (std::uint32_t nic = 0; nic < work_.num_nics; ++nic) {
       rails.push_back(rank.rails.emplace_back(std::make_unique<SrdRail>(*network_, r, nic)).get());
     }
-    rank.descriptors = std::make_unique<engine::DescriptorRing>(proto::kNumPhases * std::size_t{work_.num_nodes() - 1} *
-                                                                (work_.layout.slots + 2));
+    rank.descriptors = std::make_unique<engine::DescriptorRing>(engine::max_descriptors(work_.layout));
     transport::PumpConfig pump;
     pump.writes_per_step = work_.writes_per_step;
     rank.pump = std::make_unique<transport::Pump>(*rank.engine, rank.view, rails, *rank.descriptors, pump);

@@ -6,10 +6,12 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
@@ -17,6 +19,28 @@
 
 namespace moe_efa::transport {
 namespace {
+
+// Open sockets, as fd + 1; 0 is a free place. Atomics, so that the handler may run in a child of a threaded process.
+constexpr int kMaxOpen = 4096;
+std::atomic<int> open_sockets[kMaxOpen];
+
+void close_all_in_child() {
+  for (std::atomic<int>& place : open_sockets) {
+    int fd = place.exchange(0) - 1;
+    if (fd >= 0) ::close(fd);
+  }
+}
+
+int track(int fd) {
+  static const int registered = pthread_atfork(nullptr, nullptr, &close_all_in_child);
+  static_cast<void>(registered);
+  if (fd < 0) return fd;
+  for (std::atomic<int>& place : open_sockets) {
+    int free = 0;
+    if (place.compare_exchange_strong(free, fd + 1)) break;
+  }
+  return fd;
+}
 
 constexpr int kBacklog = 4096;  // the kernel caps it; peers that dial before we accept wait here
 constexpr std::size_t kReceiveBytes = 4096;
@@ -70,7 +94,7 @@ int listen_on(const std::string& host, std::uint16_t& port) {
       port = bound.storage.ss_family == AF_INET6
                  ? ntohs(reinterpret_cast<const sockaddr_in6*>(&bound.storage)->sin6_port)
                  : ntohs(reinterpret_cast<const sockaddr_in*>(&bound.storage)->sin_port);
-      return fd;
+      return track(fd);
     }
     error = errno;
     ::close(fd);
@@ -81,7 +105,7 @@ int listen_on(const std::string& host, std::uint16_t& port) {
 int accept_from(int listen_fd) {
   int fd = ::accept4(listen_fd, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
   if (fd >= 0) tune(fd);
-  return fd;
+  return track(fd);
 }
 
 int start_dial(const SocketAddress& address) {
@@ -89,12 +113,20 @@ int start_dial(const SocketAddress& address) {
   if (fd < 0) return -1;
   tune(fd);
   if (::connect(fd, reinterpret_cast<const sockaddr*>(&address.storage), address.length) == 0 || errno == EINPROGRESS) {
-    return fd;
+    return track(fd);
   }
   int error = errno;
   ::close(fd);
   errno = error;
   return -1;
+}
+
+void close_socket(int fd) {
+  for (std::atomic<int>& place : open_sockets) {
+    int mine = fd + 1;
+    if (place.compare_exchange_strong(mine, 0)) break;
+  }
+  ::close(fd);
 }
 
 int dial_error(int fd) {

@@ -27,6 +27,10 @@ int accept_from(int listen_fd);
 int start_dial(const SocketAddress& address);
 int dial_error(int fd);
 
+// Closes a socket made here. Sockets that are still open are closed in every child that this process forks: a child
+// that outlives its parent must not keep the parent's death from its peers.
+void close_socket(int fd);
+
 enum class IoResult { kOk, kWouldBlock, kClosed, kError };
 
 // Sends what fits and removes it from `bytes`; kOk when all is with the kernel. Never blocks, never raises SIGPIPE.

@@ -56,7 +56,7 @@ Liveness::Liveness(const LivenessConfig& config)
   listen_fd_ = listen_on(config.listen_host, port_);
   wake_fd_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (wake_fd_ < 0) {
-    ::close(listen_fd_);
+    close_socket(listen_fd_);
     fail("cannot create an eventfd");
   }
 }
@@ -69,10 +69,10 @@ Liveness::~Liveness() {
   wake();
   if (thread_.joinable()) thread_.join();
   for (Link& link : links_) {
-    if (link.fd >= 0) ::close(link.fd);
+    if (link.fd >= 0) close_socket(link.fd);
   }
-  for (Stranger& stranger : strangers_) ::close(stranger.fd);
-  if (listen_fd_ >= 0) ::close(listen_fd_);
+  for (Stranger& stranger : strangers_) close_socket(stranger.fd);
+  if (listen_fd_ >= 0) close_socket(listen_fd_);
   ::close(wake_fd_);
 }
 

@@ -101,7 +101,7 @@ void Liveness::accept_strangers(Clock::time_point now) {
     int fd = accept_from(listen_fd_);
     if (fd >= 0) {
       if (strangers_.size() >= links_.size() + kSpareStrangers) {
-        ::close(strangers_.front().fd);
+        close_socket(strangers_.front().fd);
         strangers_.erase(strangers_.begin());
       }
       strangers_.push_back({fd, {}, now + kGreetingTime});
@@ -113,9 +113,9 @@ void Liveness::accept_strangers(Clock::time_point now) {
     }
   }
   if (listen_fd_ >= 0 && all_up()) {
-    ::close(listen_fd_);
+    close_socket(listen_fd_);
     listen_fd_ = -1;
-    for (Stranger& stranger : strangers_) ::close(stranger.fd);
+    for (Stranger& stranger : strangers_) close_socket(stranger.fd);
     strangers_.clear();
   }
 }
@@ -146,7 +146,7 @@ bool Liveness::greet(Stranger& stranger, Clock::time_point now) {
     common::log_line("warning", config_.rank,
                      "dropped a control connection of rank " + std::to_string(hello.rank) + ": " + reason);
   }
-  ::close(stranger.fd);
+  close_socket(stranger.fd);
   return false;
 }
 
@@ -160,7 +160,7 @@ void Liveness::dial(Link& link, Clock::time_point now) {
 }
 
 void Liveness::retry(Link& link, const std::string& trouble, Clock::time_point now) {
-  if (link.fd >= 0) ::close(link.fd);
+  if (link.fd >= 0) close_socket(link.fd);
   link.fd = -1;
   link.in.clear();
   link.out.clear();
@@ -234,7 +234,7 @@ void Liveness::end(Link& link, const std::string& reason, Clock::time_point now)
     link.turned_away = true;
     return retry(link, "it " + reason + " the connection without a greeting: another job or version, or it died", now);
   }
-  ::close(link.fd);
+  close_socket(link.fd);
   link.fd = -1;
   link.out.clear();
   link.state = LinkState::kGone;

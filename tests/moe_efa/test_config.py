@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
+import moe_efa
 from moe_efa import ConfigError, ExpertParallel, ExpertParallelConfig
 
 VALID = {"num_experts": 8, "hidden_size": 64, "top_k": 2, "max_tokens_per_rank": 16}
@@ -121,3 +123,35 @@ def test_expert_parallel_mirrors_the_configuration():
         expected = inspect.Parameter.empty if default is dataclasses.MISSING else default
         assert parameters[name].default == expected, name
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize(
+    "field", ["num_experts", "hidden_size", "max_tokens_per_rank", "memory_budget_bytes", "chunk_rows", "slots"]
+)
+def test_numbers_beyond_any_machine_are_config_errors(field: str) -> None:
+    numbers = {"num_experts": 4, "hidden_size": 8, "top_k": 1, "max_tokens_per_rank": 4, field: 2**70}
+    with pytest.raises(ConfigError, match=field):
+        ExpertParallelConfig(**numbers)
+
+
+def test_alignment_that_no_offset_can_hold_is_refused_before_anything_is_sent() -> None:
+    with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=8, top_k=1, max_tokens_per_rank=4) as ep:
+        x, idx, weights = torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+        for alignment in (2**31, 2**33):
+            with pytest.raises(ValueError, match="expert_alignment"):
+                ep.dispatch(x, idx, weights, expert_alignment=alignment)
+        assert ep.dispatch(x, idx, weights, expert_alignment=16).offsets.tolist() == [0, 16, 16, 16, 16]
+
+
+def test_interrupt_between_the_halves_of_a_dispatch_fails_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=8, top_k=1, max_tokens_per_rank=4) as ep:
+        arguments = torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("moe_efa.native_group.torch.empty", interrupted)
+            ep.dispatch(*arguments)
+        for _ in range(2):
+            with pytest.raises(moe_efa.TransportError, match="KeyboardInterrupt"):
+                ep.dispatch(*arguments)

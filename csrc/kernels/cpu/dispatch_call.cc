@@ -218,13 +218,15 @@ void DispatchCall::finish_sizes() {
   }
   plan.rings.clear();
   plan.pulls.resize(rings_.size());
+  plan.mask_bytes = common::ceil_div(config.node_size, 8u);
   plan.masks.resize(config.num_nodes);
   for (std::size_t i = 0; i < rings_.size(); ++i) {
     plan.rings.push_back(rings_[i].facts);
     plan.pulls[i].resize(rings_[i].facts.num_chunks);
   }
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
-    plan.masks[node].assign(rings_[ring_index(context_.view.topology.local_rank(), node)].facts.rows, 0);
+    plan.masks[node].assign(
+        std::size_t{rings_[ring_index(context_.view.topology.local_rank(), node)].facts.rows} * plan.mask_bytes, 0);
   }
 }
 
@@ -298,8 +300,11 @@ void DispatchCall::finish() {
   if (replay_) return;
   Plan& plan = *args_.plan;
   std::size_t pulled = 0;
-  for (const auto& ring : plan.pulls) {
-    for (const auto& chunk : ring) pulled += chunk.size();
+  for (auto& ring : plan.pulls) {
+    for (auto& chunk : ring) {
+      pulled += chunk.size();
+      chunk.shrink_to_fit();
+    }
   }
   std::int64_t announced = 0;
   for (std::int64_t count : plan.tokens_per_expert) announced += count;

@@ -36,14 +36,13 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
   for (std::uint32_t mate = 0; mate < config.node_size; ++mate) {
     published[mate] = view.region(mate) + view.layout.publish_slot(local, args.source_node, args.seq);
   }
-  const std::vector<std::uint64_t>& masks = combine.plan->masks[args.source_node];
   std::byte* hidden = args.slot + sizeof(header);
   std::byte* out_grads = hidden + num_rows * row_bytes;
   for (std::uint32_t row = 0; row < num_rows; ++row) {
     const void* rows[kMaxNodeSize];
     std::uint32_t count = 0;
     float sum[proto::kMaxTopK] = {};
-    for (std::uint64_t mask = masks[first + row]; mask != 0; mask &= mask - 1) {
+    for (std::uint64_t mask = combine.plan->mask(args.source_node, first + row); mask != 0; mask &= mask - 1) {
       const std::byte* base = published[std::countr_zero(mask)];
       rows[count++] = base + row * row_bytes;
       if (grads) {  // each position has one owner; the others hold zeros

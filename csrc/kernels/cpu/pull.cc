@@ -24,9 +24,7 @@ void read_metadata(const PullArgs& args, const proto::NodeView& view, const prot
   Plan& plan = *args.plan;
   std::size_t ring = std::size_t{args.source_local} * config.num_nodes + args.source_node;
   std::vector<PullEntry>& pulls = plan.pulls[ring][args.chunk];
-  std::uint64_t* masks = args.source_local == view.topology.local_rank()
-                             ? plan.masks[args.source_node].data() + header.first_row
-                             : nullptr;
+  bool own_rail = args.source_local == view.topology.local_rank();
   const std::byte* meta = args.slot + sizeof(proto::ChunkHeader);
   const std::byte* entries = meta + header.rows * sizeof(proto::RowMeta);
   std::uint32_t first_expert = view.topology.local_rank() * config.experts_per_rank;
@@ -52,7 +50,7 @@ void read_metadata(const PullArgs& args, const proto::NodeView& view, const prot
       pulls.push_back({row << PullEntry::kTopKBits | entry.topk_pos, out_row});
       args.output->weights[out_row] = entry.weight;
     }
-    if (masks != nullptr) masks[row] = mask;
+    if (own_rail) plan.set_mask(args.source_node, header.first_row + row, mask);
   }
   if (at != header.num_entries) reject(args, view, "entries left over");
 }

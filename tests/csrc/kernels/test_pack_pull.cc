@@ -105,7 +105,7 @@ TEST_CASE("pack-then-pull-places-every-row-by-its-index") {
   }
   CHECK(pair.out == out);
   CHECK(pair.weights == weights);
-  CHECK(pair.plan.masks[0] == std::vector<std::uint64_t>{1, 1, 1});
+  CHECK(pair.plan.masks[0] == std::vector<std::uint8_t>{1, 1, 1});
   REQUIRE(pair.plan.pulls[0][0].size() == 4);
   CHECK(pair.plan.pulls[0][0][1].row() == 0);
   CHECK(pair.plan.pulls[0][0][1].topk_pos() == 0);
