@@ -20,6 +20,8 @@ def say(text: str) -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    if num_ranks < 2:
+        raise SystemExit("two experts per token need two ranks: torchrun --nproc-per-node 4 ...")
     ep = moe_efa.ExpertParallel(
         dist.group.WORLD,
         num_experts=num_ranks,  # rank r owns expert r

@@ -200,14 +200,14 @@ class ExpertParallel:
         Args:
             x, topk_idx, topk_weights, expert_alignment: as in :meth:`dispatch`.
             experts: ``experts(rows, offsets) -> rows`` with rows [rows, H] and offsets [E_local + 1] int32 (see
-                :class:`DispatchResult`). It must act row by row and accept zero rows, and its result must depend on
-                its input also then, so that backward runs on every rank.
+                :class:`DispatchResult`). It must act row by row and accept zero rows.
 
         Returns:
             [T, H] in the dtype of the experts' result.
         """
         received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
-        return self.combine(experts(received.x, received.offsets).contiguous(), received.handle)
+        y = ops.tie(experts(received.x, received.offsets).contiguous(), received.x)
+        return self.combine(y, received.handle)
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction, of all objects that share the native group.
@@ -280,7 +280,8 @@ class ExpertParallel:
 
     def _check_handle(self, handle: Handle) -> None:
         if not isinstance(handle, Handle):
-            raise ValueError(f"handle must be the handle of a DispatchResult, not a {type(handle).__name__}")
+            hint = ": pass its .handle" if isinstance(handle, DispatchResult) else ""
+            raise ValueError(f"handle must be the handle of a DispatchResult, not a {type(handle).__name__}{hint}")
         if handle.owner is not self._native:
             raise ValueError("the handle belongs to another ExpertParallel (another group or configuration)")
 

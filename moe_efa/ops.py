@@ -41,6 +41,27 @@ def combine(native_group: NativeGroup, y: Tensor, weights: Tensor | None, plan: 
     return _Combine.apply(y, weights, native_group, plan)  # type: ignore[no-untyped-call]
 
 
+def tie(y: Tensor, rows: Tensor) -> Tensor:
+    """y; where it has no graph, as when experts skip empty inputs, one that gives the dispatched rows zero gradients.
+
+    Backward is collective, so it has to run also on a rank whose experts saw no row.
+    """
+    if y.requires_grad or not rows.requires_grad or not torch.is_grad_enabled():
+        return y
+    return _Tie.apply(y, rows)  # type: ignore[no-untyped-call]
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows_shape, ctx.rows_dtype = rows.shape, rows.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, torch.zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(

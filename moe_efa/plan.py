@@ -91,13 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moe-efa plan` to a parser."""
     for name, value, meaning in (
         ("ranks", 16, "ranks of the group"),
-        ("node-size", 8, "ranks per node"),
         ("hidden", 7168, "elements per token, H"),
         ("topk", 8, "experts per token, K"),
         ("experts", 256, "experts of the group, E"),
         ("max-tokens", 4096, "most tokens in one dispatch of one rank"),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{meaning} (default {value})")
+    parser.add_argument("--node-size", type=int, metavar="N", help="ranks per node (default 8, or all ranks if fewer)")
     parser.add_argument("--memory-budget", type=parse_bytes, default=1 << 30, metavar="BYTES", help="such as 512MiB")
     for name in ("wire-dtype", "combine-dtype"):
         parser.add_argument(f"--{name}", default="auto", choices=("auto", "bf16", "fp32"), help="auto: room for fp32")
@@ -133,7 +133,7 @@ def run_command(options: argparse.Namespace) -> int:
             hidden_size=options.hidden,
             top_k=options.topk,
             max_tokens_per_rank=options.max_tokens,
-            node_size=options.node_size,
+            node_size=options.node_size or min(8, max(1, options.ranks)),
             wire_dtype=options.wire_dtype,
             combine_dtype=options.combine_dtype,
             memory_budget_bytes=options.memory_budget,

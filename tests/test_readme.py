@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+import moe_efa
 from moe_efa import env
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -20,9 +23,9 @@ def test_the_example_runs_as_the_readme_says(tmp_path: Path) -> None:
     text = README.read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code is not None
-    (tmp_path / "thirty.py").write_text(code.group(1))
+    (tmp_path / "quick.py").write_text(code.group(1))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "thirty.py"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "quick.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -32,6 +35,26 @@ def test_the_example_runs_as_the_readme_says(tmp_path: Path) -> None:
     told = re.findall(r"rank (\d): (\d+) rows came, 8 results, \|grad\| [\d.]+", done.stdout)
     assert sorted(rank for rank, _ in told) == ["0", "1", "2", "3"]
     assert sum(int(rows) for _, rows in told) == 4 * 8 * 2  # every (token, expert) arrived somewhere
+
+
+def test_the_experts_of_the_readme_are_the_dense_layer() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    definition, call = blocks[1].split("\nout = ")
+    torch.manual_seed(0)
+    tokens, hidden, inner, num_experts = 7, 12, 5, 4
+    x, probabilities = torch.randn(tokens, hidden), torch.rand(tokens, num_experts).softmax(-1)
+    topk_weights, topk_idx = probabilities.topk(2)
+    with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=hidden, top_k=2, max_tokens_per_rank=8) as ep:
+        names = {"torch": torch, "ep": ep, "x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
+        exec(definition, names)
+        experts = names["experts"] = names["SwiGLUExperts"](ep.num_local_experts, hidden, inner)
+        exec("out = " + call, names)
+        dense = torch.zeros(tokens, hidden)
+        for expert in range(num_experts):
+            gate, up = (x @ experts.gate_up[expert]).chunk(2, dim=-1)
+            weight = (topk_weights * (topk_idx == expert)).sum(-1, keepdim=True)
+            dense = dense + weight * ((torch.nn.functional.silu(gate) * up) @ experts.down[expert])
+        torch.testing.assert_close(names["out"], dense)
 
 
 def test_links_lead_somewhere() -> None:

@@ -219,8 +219,8 @@ void Group::check_departures(Phase phase, std::int64_t epoch) {
     std::optional<std::uint64_t> calls = liveness_->goodbye_of(static_cast<int>(rank));
     if (!calls || *calls >= state_.call) continue;
     std::ostringstream text;
-    text << "rank " << rank << " closed the group while rank " << config_.topology.rank << " was in "
-         << proto::phase_name(phase) << " epoch " << epoch;
+    text << "rank " << rank << " closed the group (or its process ended: see its own error) while rank "
+         << config_.topology.rank << " was in " << proto::phase_name(phase) << " epoch " << epoch;
     fail({StatusCode::kPeerLost, static_cast<int>(rank), static_cast<int>(phase), epoch, -1, text.str()});
   }
 }

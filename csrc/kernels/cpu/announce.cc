@@ -32,6 +32,10 @@ namespace {
   text << ", rank " << rank << " is in ";
   describe(text, static_cast<Phase>(record.phase), record.epoch, record.plan_id, record.flags, record.dtype,
            record.call);
+  if (((own.flags | record.flags) & (proto::kFlagReplay | proto::kFlagWeightGrads)) != 0) {
+    text << " (backward replays plans and carries weight gradients: did one rank skip backward(), or has an input "
+            "requires_grad on some ranks only?)";
+  }
   throw common::StatusError({common::StatusCode::kProtocol, rank, static_cast<int>(own.phase),
                              static_cast<std::int64_t>(own.epoch), -1, text.str()});
 }
