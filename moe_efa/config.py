@@ -18,7 +18,7 @@ _MOST = {  # far beyond any use, within what the native layer's integers hold
     "num_experts": 1 << 24,
     "hidden_size": 1 << 24,
     "max_tokens_per_rank": 1 << 26,
-    "memory_budget_bytes": 1 << 48,
+    "memory_budget_bytes": 1 << 56,
     "node_size": 1 << 20,
     "chunk_rows": 1 << 16,
     "slots": 1 << 13,
