@@ -17,6 +17,7 @@ from typing import Any
 
 from moe_efa import _C
 
+MAX_RANKS = 64  # real bytes and a full compare: beyond this a seed takes minutes
 __all__ = ["PROFILES", "SimulationResult", "check", "main"]
 
 PROFILES: tuple[str, ...] = tuple(_C.simulate_profiles())
@@ -54,16 +55,16 @@ def check(
     Args:
         profile: how nasty the network is, one of `PROFILES`.
         seeds: each stands for a whole run: the group's shape, its calls, the schedule and every delay.
-        num_ranks: ranks of every run, at least 2; drawn from the seed where None.
+        num_ranks: ranks of every run, 2 to 64; drawn from the seed where None.
         progress: draw a bar on stderr where that is a terminal.
 
     Raises:
-        ValueError: for an unknown profile, a negative seed, or fewer than 2 ranks.
+        ValueError: for an unknown profile, a negative seed, or a number of ranks outside [2, 64].
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}; there are {', '.join(PROFILES)}")
-    if num_ranks is not None and num_ranks < 2:
-        raise ValueError(f"num_ranks is {num_ranks}, at least 2 are needed")
+    if num_ranks is not None and not 2 <= num_ranks <= MAX_RANKS:
+        raise ValueError(f"num_ranks is {num_ranks}, from 2 to {MAX_RANKS} can be checked byte by byte")
     seeds = list(seeds)
     if any(not 0 <= seed < 1 << 64 for seed in seeds):
         raise ValueError("a seed is a number from 0 to 2**64 - 1")
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-ranks", type=int, help="ranks of every run (default: from the seed)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args(argv)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {options.seeds}")
     summaries = []
     for profile in PROFILES if options.profile == "all" else [options.profile]:
         started = time.perf_counter()

@@ -35,6 +35,8 @@ def test_wrong_arguments_name_themselves() -> None:
         simulator.check("calm")
     with pytest.raises(ValueError, match="num_ranks is 1"):
         simulator.check(num_ranks=1)
+    with pytest.raises(ValueError, match="from 2 to 64"):
+        simulator.check(num_ranks=1000)
     with pytest.raises(ValueError, match="seed"):
         simulator.check(seeds=[-1])
 
