@@ -186,7 +186,6 @@ void Engine::on_posted(const Write& write) {
       ring.credit_due = false;
       ring.credited = std::max(ring.credited, ring.released);
       ++ring.credits_inflight;
-      ++stats_.credits_out;
       consider_credit(phase, write.peer_node);
       break;
     }
@@ -195,7 +194,6 @@ void Engine::on_posted(const Write& write) {
       inflight_bytes_[index(phase)][write.peer_node * layout_.config().slots + seq % layout_.config().slots] =
           write.bytes;
       nic.queued_bytes += write.bytes;
-      ++stats_.chunks_out;
       bulk_.pop_front();
       break;
     }
@@ -371,7 +369,6 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
   }
   landed = seq + 1;
   ++ring.arrived;
-  ++stats_.chunks_in;
   actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq});
   if (mutant(Mutant::kChunkTrustedEarly) && seq > ring.released && ring.landed[(seq - 1) % config.slots] < seq) {
     actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq - 1});
@@ -419,7 +416,6 @@ void Engine::on_counts(Phase phase, const Imm& imm, std::uint32_t bytes) {
 
 void Engine::on_credit(Phase phase, const Imm& imm) {
   SendRing& ring = send_ring(phase, imm.source_node);
-  ++stats_.credits_in;
   // Credits are cumulative and may overtake each other; one that lies behind changes nothing.
   std::uint64_t ahead = (imm.value - ring.credited) & (proto::kImmValueModulus - 1);
   if (ahead >= proto::kImmValueModulus / 2) return;

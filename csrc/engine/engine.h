@@ -51,7 +51,7 @@ struct Action {
 };
 
 struct EngineStats {
-  std::uint64_t writes = 0, bytes = 0, chunks_in = 0, chunks_out = 0, credits_out = 0, credits_in = 0;
+  std::uint64_t writes = 0, bytes = 0;
   std::uint64_t wire_bytes[proto::kNumPhases] = {0, 0};  // posted, headers and metadata included
 };
 

@@ -51,7 +51,6 @@ class RegionLayout {
     };
     std::uint64_t nodes = config.num_nodes, mates = config.node_size;
     std::uint64_t ring_slots = std::uint64_t{remote_nodes} * config.slots + config.own_slots;
-    control_ = take(kControlLines * kLineBytes);
     begun_ = take(kNumPhases * kLineBytes);
     send_free_ = take(kNumPhases * nodes * kLineBytes);
     retired_ = take(kNumPhases * kLineBytes);
@@ -134,7 +133,6 @@ class RegionLayout {
 
  private:
   static constexpr std::uint64_t kAlign = 128;
-  static constexpr std::uint64_t kControlLines = 2;  // reserved
   static constexpr std::uint64_t kFlagBytes = 64;
 
   static constexpr std::uint64_t index(Phase p) { return static_cast<std::uint64_t>(p); }
@@ -150,7 +148,7 @@ class RegionLayout {
   LayoutConfig config_;
   std::uint32_t own_node_;
   std::uint64_t dispatch_slot_bytes_ = 0, combine_slot_bytes_ = 0, counts_bytes_ = 0;
-  std::uint64_t control_ = 0, begun_ = 0, send_free_ = 0, retired_ = 0, released_ = 0, published_ = 0, consumed_ = 0;
+  std::uint64_t begun_ = 0, send_free_ = 0, retired_ = 0, released_ = 0, published_ = 0, consumed_ = 0;
   std::uint64_t counts_ready_ = 0, arrived_ = 0, flag_bytes_ = 0, counts_ = 0, counts_send_ = 0;
   std::uint64_t ring_[2] = {0, 0}, send_[2] = {0, 0}, publish_ = 0, total_bytes_ = 0;
 };
