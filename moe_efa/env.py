@@ -46,6 +46,12 @@ VARIABLES = (
         "cores / ranks of the host",
         "CPU kernel threads of this rank.",
     ),
+    Variable(
+        "MOE_EFA_OUTPUT_CACHE_BYTES",
+        "integer >= 0",
+        "536870912",
+        "Memory of freed results on the CPU that a process keeps for the next ones; 0 keeps none.",
+    ),
 )
 
 
@@ -77,6 +83,16 @@ def num_threads(ranks_on_host: int) -> int:
         return max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"MOE_EFA_NUM_THREADS={text!r} is not a positive integer")
+    return int(text)
+
+
+def output_cache_bytes() -> int:
+    """MOE_EFA_OUTPUT_CACHE_BYTES, or 512 MiB. Raises ConfigError if it is no integer >= 0."""
+    text = os.environ.get("MOE_EFA_OUTPUT_CACHE_BYTES")
+    if not text:
+        return 512 << 20
+    if not text.isdecimal():
+        raise ConfigError(f"MOE_EFA_OUTPUT_CACHE_BYTES={text!r} is not an integer >= 0")
     return int(text)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_efa import _C, rendezvous
+from moe_efa import _C, host_memory, rendezvous
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, TransportError
 
@@ -76,7 +76,7 @@ class NativeGroup:
             weights: [rows] fp32 factors of the rows, None for the plain sum.
             weight_grads: [rows] fp32, moved to where the weights came from; all ranks pass them or none does.
         """
-        out = torch.empty(plan.num_tokens, self.config.hidden_size, dtype=y.dtype)
+        out = host_memory.empty(plan.num_tokens, self.config.hidden_size, dtype=y.dtype)
         topk_weight_grads = None
         if weight_grads is not None:
             topk_weight_grads = torch.empty(plan.num_tokens, self.config.top_k, dtype=torch.float32)
@@ -157,7 +157,7 @@ class NativeGroup:
         with self._call():
             try:
                 plan = self._native.dispatch_begin(args)
-                rows = torch.empty(plan.rows, self.config.hidden_size, dtype=x.dtype)
+                rows = host_memory.empty(plan.rows, self.config.hidden_size, dtype=x.dtype)
                 weights = torch.empty(plan.rows if with_weights else 0, dtype=torch.float32)
                 self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0)
             except (TransportError, ValueError):

@@ -49,6 +49,7 @@ struct DispatchArgs {
 struct DispatchOutput {
   void* x = nullptr;         // [rows, hidden_size] in x_dtype
   float* weights = nullptr;  // [rows]; null in a replay
+  bool stream = false;       // x is larger than what the caches could keep of it
 };
 
 struct CombineArgs {

@@ -1,6 +1,7 @@
 #include "runtime/group.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <sstream>
@@ -35,6 +36,14 @@ bool is_crowded(const GroupConfig& config) {
   return std::thread::hardware_concurrency() < 2 * ranks * std::max(1u, config.num_threads);
 }
 
+// What a rank may hope to find in the last-level cache, half of it its own data's.
+std::uint64_t cache_share(const GroupConfig& config) {
+  constexpr long kUnknown = 8 << 20;
+  long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  std::uint32_t ranks = std::max(config.ranks_on_host, config.topology.node_size);
+  return static_cast<std::uint64_t>(bytes > 0 ? bytes : kUnknown) / (2 * std::max(1u, ranks));
+}
+
 std::string describe_wait(const kernels::Waiting& waiting) {
   std::ostringstream text;
   if (waiting.rank >= 0) text << " on rank " << waiting.rank;
@@ -51,7 +60,8 @@ Group::Group(const GroupConfig& config)
       layout_(sizing_.layout, config.topology.node()),
       state_(config.topology),
       pool_(std::max(1u, config.num_threads)),
-      crowded_(is_crowded(config)) {
+      crowded_(is_crowded(config)),
+      cache_share_bytes_(cache_share(config)) {
   const proto::Topology& topology = config_.topology;
   int rank = static_cast<int>(topology.rank);
   segment_ = transport::Segment::create(transport::segment_name(config_.job_key, rank), layout_.total_bytes());
@@ -379,8 +389,10 @@ void Group::dispatch_finish(void* out, float* weights) {
   check_open(Phase::kDispatch);
   MOE_EFA_CHECK(dispatch_, "dispatch_finish() without dispatch_begin()");
   double begin = monotonic_s();
-  prefer_huge_pages(out, dispatch_plan_->rows() * config_.hidden_size * proto::dtype_bytes(dispatch_request_.dtype));
-  dispatch_->set_output({out, weights});
+  std::uint64_t bytes =
+      dispatch_plan_->rows() * config_.hidden_size * proto::dtype_bytes(dispatch_request_.dtype);
+  prefer_huge_pages(out, bytes);
+  dispatch_->set_output({out, weights, bytes > cache_share_bytes_});
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->done(); });
   dispatch_.reset();
   PhaseStats& stats = phase_stats_[0];

@@ -127,6 +127,7 @@ class Group {
   kernels::RankState state_;
   ThreadPool pool_;
   bool crowded_;  // more busy threads than cores on this host
+  std::uint64_t cache_share_bytes_;
   std::unique_ptr<transport::Liveness> liveness_;
   std::vector<std::unique_ptr<transport::Rail>> rails_;
   std::function<void()> unlink_rails_;

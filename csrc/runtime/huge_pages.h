@@ -9,8 +9,9 @@
 
 namespace moe_efa::runtime {
 
+inline constexpr std::uintptr_t kHugePage = 2u << 20;
+
 inline void prefer_huge_pages(void* data, std::size_t bytes) {
-  constexpr std::uintptr_t kHugePage = 2u << 20;
   auto begin = reinterpret_cast<std::uintptr_t>(data);
   std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   std::uintptr_t end = (begin + bytes) / kHugePage * kHugePage;

@@ -5,6 +5,7 @@
 
 #include "common/status.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/stream.h"
 
 namespace moe_efa::kernels::cpu {
 
@@ -83,6 +84,13 @@ void pull_chunk(const PullArgs& args, const proto::NodeView& view) {
   std::uint64_t out_stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args.x_dtype);
   const std::byte* hidden = args.slot + proto::chunk_hidden_offset(args.replay, header.rows, header.num_entries);
   auto* out = static_cast<std::byte*>(args.output->x);
+  if (args.output->stream && args.x_dtype == args.wire_dtype) {
+    for (const PullEntry& pull : plan.pulls[ring][args.chunk]) {
+      stream_copy(out + pull.out_row * out_stride, hidden + pull.row() * row_bytes, out_stride);
+    }
+    stream_fence();
+    return;
+  }
   for (const PullEntry& pull : plan.pulls[ring][args.chunk]) {
     convert_row(out + pull.out_row * out_stride, args.x_dtype, hidden + pull.row() * row_bytes, args.wire_dtype,
                 config.hidden_size);

@@ -1,0 +1,68 @@
+#include "runtime/host_pool.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+
+#include "common/math.h"
+#include "runtime/huge_pages.h"
+
+namespace moe_efa::runtime {
+
+namespace {
+
+// The number of rows differs a little from round to round: sizes in steps of an eighth meet again.
+std::size_t rounded(std::size_t bytes) {
+  std::size_t step = kHugePage;
+  while (step * 16 <= bytes) step *= 2;
+  return common::round_up(bytes, step);
+}
+
+}  // namespace
+
+HostPool::Block HostPool::take(std::size_t bytes) {
+  std::size_t size = rounded(std::max<std::size_t>(bytes, 1));
+  {
+    std::lock_guard lock(mutex_);
+    auto fit = idle_.lower_bound(size);
+    if (fit != idle_.end() && fit->first <= size + size / 4) {
+      Block block{fit->second, fit->first};
+      idle_bytes_ -= fit->first;
+      idle_.erase(fit);
+      return block;
+    }
+  }
+  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  prefer_huge_pages(data, size);
+  return {data, size};
+}
+
+void HostPool::give_back(Block block) {
+  std::lock_guard lock(mutex_);
+  idle_.emplace(block.bytes, block.data);
+  idle_bytes_ += block.bytes;
+  trim_locked(max_idle_bytes_);
+}
+
+void HostPool::trim(std::size_t max_idle_bytes) {
+  std::lock_guard lock(mutex_);
+  trim_locked(max_idle_bytes);
+}
+
+void HostPool::trim_locked(std::size_t max_idle_bytes) {
+  while (idle_bytes_ > max_idle_bytes) {
+    auto least = idle_.begin();
+    munmap(least->second, least->first);
+    idle_bytes_ -= least->first;
+    idle_.erase(least);
+  }
+}
+
+std::size_t HostPool::idle_bytes() const {
+  std::lock_guard lock(mutex_);
+  return idle_bytes_;
+}
+
+}  // namespace moe_efa::runtime

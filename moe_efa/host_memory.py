@@ -1,0 +1,39 @@
+"""Memory of large results on the CPU: what a dead tensor leaves is used again, so no page is faulted in twice.
+
+Safe because the memory belongs to the tensor's storage: it returns to the pool when the last view of it is gone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_efa import _C, env
+
+_LEAST_BYTES = 1 << 20  # smaller ones come from torch's allocator, which reuses them anyway
+_pool: _C.HostPool | None = None
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, like ``torch.empty(*shape, dtype=dtype)``."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LEAST_BYTES:
+        return torch.empty(*shape, dtype=dtype)
+    storage = torch.frombuffer(pool().take(nbytes), dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # not a view: it may be changed in place
+
+
+def pool() -> _C.HostPool:
+    """The pool of this process."""
+    global _pool
+    if _pool is None:
+        _pool = _C.HostPool(max_idle_bytes=env.output_cache_bytes())
+    return _pool
+
+
+def release_idle() -> None:
+    """Return the memory that nobody uses to the system."""
+    if _pool is not None:
+        _pool.trim(0)
