@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/doorbell.h"
 #include "engine/descriptor_ring.h"
 #include "kernels/executor.h"
 #include "kernels/plan.h"
@@ -37,6 +38,14 @@ struct CallContext {
   engine::DescriptorRing* descriptors;  // null where there is one node
   Executor& executor;
   std::uint32_t num_nics = 1;
+  common::Doorbell* doorbell = nullptr;  // null: nobody sleeps
+
+  void ring(std::uint32_t local_rank) const {
+    if (doorbell != nullptr) doorbell->ring(local_rank);
+  }
+  void ring_all() const {
+    if (doorbell != nullptr) doorbell->ring_all();
+  }
 };
 
 struct DispatchArgs {

@@ -52,6 +52,7 @@ class RegionLayout {
     std::uint64_t nodes = config.num_nodes, mates = config.node_size;
     std::uint64_t ring_slots = std::uint64_t{remote_nodes} * config.slots + config.own_slots;
     begun_ = take(kNumPhases * kLineBytes);
+    doorbell_ = take(kLineBytes);
     send_free_ = take(kNumPhases * nodes * kLineBytes);
     retired_ = take(kNumPhases * kLineBytes);
     released_ = take(kNumPhases * nodes * mates * kLineBytes);
@@ -85,6 +86,8 @@ class RegionLayout {
   // Words (std::uint64_t). All only grow; nothing is cleared.
   // begun: epochs this rank has begun.                            writer: caller      readers: driver, mates
   constexpr std::uint64_t begun(Phase p) const { return begun_ + index(p) * kLineBytes; }
+  // doorbell: uint32 rings, uint32 sleepers.                      writers: mates, driver  reader: caller
+  constexpr std::uint64_t doorbell() const { return doorbell_; }
   // send_free: chunks towards `node` whose slot may be refilled.  writer: driver      reader: pack, forward
   constexpr std::uint64_t send_free(Phase p, std::uint32_t node) const {
     return send_free_ + (index(p) * config_.num_nodes + node) * kLineBytes;
@@ -148,7 +151,7 @@ class RegionLayout {
   LayoutConfig config_;
   std::uint32_t own_node_;
   std::uint64_t dispatch_slot_bytes_ = 0, combine_slot_bytes_ = 0, counts_bytes_ = 0;
-  std::uint64_t begun_ = 0, send_free_ = 0, retired_ = 0, released_ = 0, published_ = 0, consumed_ = 0;
+  std::uint64_t begun_ = 0, doorbell_ = 0, send_free_ = 0, retired_ = 0, released_ = 0, published_ = 0, consumed_ = 0;
   std::uint64_t counts_ready_ = 0, arrived_ = 0, flag_bytes_ = 0, counts_ = 0, counts_send_ = 0;
   std::uint64_t ring_[2] = {0, 0}, send_[2] = {0, 0}, publish_ = 0, total_bytes_ = 0;
 };

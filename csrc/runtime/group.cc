@@ -29,6 +29,7 @@ constexpr double kFarewellS = 1;    // more than the others wait, so that who kn
 constexpr double kHearsayS = 1;     // before a rank blames one that may be waiting for another
 constexpr double kDrainS = 2;
 constexpr std::uint32_t kWritesPerNic = 64;
+constexpr long kRailsPauseUs = 50, kMatesPauseUs = 10'000;  // the longest sleep of a waiting call
 
 // Two busy threads a rank: the caller and the driver.
 bool is_crowded(const GroupConfig& config) {
@@ -85,6 +86,7 @@ void Group::make_rails() {
   for (const auto& rail : rails_) raw.push_back(rail.get());
   transport::PumpConfig pump_config;
   pump_config.post_timeout_s = config_.timeout_s;
+  pump_config.doorbell = &doorbell_;
   pump_config.peer_left = [this](std::uint32_t rank, bool wait) { return peer_left(rank, wait); };
   pump_ = std::make_unique<transport::Pump>(*engine_, view_, raw, *descriptors_, pump_config);
   driver_ = std::make_unique<Driver>(*engine_, *pump_, !crowded_, [this](const Status& status) {
@@ -296,17 +298,17 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
 
 kernels::CallContext Group::context() {
   return {view_, state_, descriptors_.get(), pool_,
-          std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size()))};
+          std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size())), &doorbell_};
 }
 
 template <typename Call, typename Until>
 void Group::run(Call& call, Phase phase, const Until& until) {
-  constexpr std::uint32_t kLookEvery = 64;  // turns between two looks at the clock
-  constexpr double kCheckEveryS = 0.02;     // between two looks at anything that is not this call
+  constexpr double kCheckEveryS = 0.02;  // between two looks at anything that is not this call
   auto epoch = static_cast<std::int64_t>(call.epoch());
   double last_moved = monotonic_s(), last_check = last_moved;
   bool warned = false;
-  Backoff backoff(crowded_);
+  // Mates and the driver ring; where the driver has no core of its own, nobody rings for what only the rails know.
+  Backoff backoff(doorbell_, crowded_, driver_ && crowded_ ? kRailsPauseUs : kMatesPauseUs);
   if (driver_) driver_->enter();
   struct Leave {
     Driver* driver;
@@ -316,6 +318,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
   } leave{driver_.get()};
   try {
     while (!until()) {
+      backoff.before_look();
       bool moved = call.step();
       if (driver_) moved |= driver_->try_step();
       if (moved) {
@@ -325,8 +328,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
       if (backoff.turns() == 0) last_moved = monotonic_s();
       if (liveness_->failed() && !failed_.load()) fail(peer_failure(phase, epoch, call.waiting()));
       if (failed_.load()) check_open();
-      backoff.pause();
-      if (backoff.turns() % kLookEvery != 0) continue;
+      if (!backoff.pause()) continue;
       double now = monotonic_s();
       if (now - last_check < kCheckEveryS) continue;
       last_check = now;

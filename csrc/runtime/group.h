@@ -21,6 +21,7 @@
 #include "runtime/address.h"
 #include "runtime/config.h"
 #include "runtime/driver.h"
+#include "runtime/futex_doorbell.h"
 #include "runtime/thread_pool.h"
 #include "transport/liveness.h"
 #include "transport/pump.h"
@@ -124,6 +125,7 @@ class Group {
   std::vector<transport::Segment> mate_segments_;
   std::vector<std::byte*> regions_;  // [node_size]
   proto::NodeView view_;
+  FutexDoorbell doorbell_{view_};
   kernels::RankState state_;
   ThreadPool pool_;
   bool crowded_;  // more busy threads than cores on this host

@@ -143,6 +143,7 @@ bool Pump::post_writes(double now_s) {
 }
 
 void Pump::apply_actions() {
+  if (engine_.actions().empty()) return;
   const proto::RegionLayout& layout = view_.layout;
   for (const Action& action : engine_.actions()) {
     switch (action.kind) {
@@ -165,6 +166,7 @@ void Pump::apply_actions() {
     }
   }
   engine_.actions().clear();
+  if (config_.doorbell != nullptr) config_.doorbell->ring_all();
 }
 
 }  // namespace moe_efa::transport

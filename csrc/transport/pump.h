@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "common/doorbell.h"
 #include "engine/descriptor_ring.h"
 #include "engine/engine.h"
 #include "proto/region.h"
@@ -19,6 +20,7 @@ struct PumpConfig {
   // Has this rank left in order? It needs nothing more, so what a rail cannot bring it counts as delivered. With
   // `wait`, after an error of the rail, a verdict that is on its way is waited for.
   std::function<bool(std::uint32_t rank, bool wait)> peer_left;
+  common::Doorbell* doorbell = nullptr;  // rung when flags have changed; null: nobody sleeps
   double post_timeout_s = 600.0;  // a write that no rail accepts for so long fails its peer (I5)
 };
 

@@ -94,6 +94,7 @@ void announce(const CallContext& context, const Announcement& own, const RingFac
                                  static_cast<std::uint32_t>(own.epoch)});
     }
   }
+  context.ring_all();
 }
 
 bool read_announcement(const CallContext& context, const Announcement& own, std::uint32_t board, std::uint32_t node,

@@ -156,6 +156,11 @@ bool CombineCall::step_publish() {
     store_release(view.own_word(view.layout.published(item.local, item.node)),
                   publish_base_[ring_index(item.local, item.node)] + item.chunk + 1);
   }
+  for (std::uint32_t local = 0; local < mates; ++local) {
+    if (std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.local == local; })) {
+      context_.ring(local);
+    }
+  }
   return true;
 }
 
@@ -215,6 +220,7 @@ bool CombineCall::step_forward() {
     // Gives the publish slots back to the mates.
     store_release(view.own_word(view.layout.consumed(item.node)), item.seq + 1);
   }
+  context_.ring_all();
   return true;
 }
 

@@ -126,8 +126,10 @@ bool DispatchCall::step_pack() {
                                                  : view.layout.send_slot(kPhase, item.node, item.seq);
     item.bytes = pack_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own() + offset}, view);
   });
+  bool published = false;
   for (const Item& item : items) {
     if (item.node == own_node) {
+      published = true;
       // Publishes the chunk to the mates; the own ring needs no driver.
       store_release(view.own_word(view.layout.arrived(kPhase, own_node, item.seq)), item.seq + 1);
     } else {
@@ -137,6 +139,7 @@ bool DispatchCall::step_pack() {
                                   facts.rows_in(item.chunk), item.bytes, static_cast<std::uint32_t>(own_.epoch)});
     }
   }
+  if (published) context_.ring_all();
   packed_ = true;
   for (std::uint32_t node = 0; node < nodes; ++node) {
     packed_ = packed_ && next_chunk_[node] == args_.plan->send[node].facts.num_chunks;
@@ -292,6 +295,11 @@ bool DispatchCall::step_pull() {
                view);
   });
   for (const Item& item : items) release(item);
+  for (std::uint32_t local = 0; local < mates; ++local) {
+    if (std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.local == local; })) {
+      context_.ring(local);
+    }
+  }
   return true;
 }
 
