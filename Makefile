@@ -50,6 +50,10 @@ system:
 	command -v g++ >/dev/null || missing+=" g++"; \
 	has_header rdma/fabric.h || missing+=" libfabric-dev"; \
 	has_header doctest/doctest.h || missing+=" doctest-dev"; \
+	if [[ " $(MAKECMDGOALS) " == *" test "* && $$(uname -m) == x86_64 ]]; then \
+	  command -v aarch64-linux-gnu-g++ >/dev/null || missing+=" g++-aarch64-linux-gnu"; \
+	  command -v qemu-aarch64 >/dev/null || missing+=" qemu-user"; \
+	fi; \
 	if ! command -v $(PYTHON) >/dev/null; then \
 	  missing+=" python3 python3-venv python3-dev"; \
 	else \

@@ -7,11 +7,9 @@ variants of the protocol (csrc/common/mutant.h) exist here, so that tests can sh
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -40,17 +38,6 @@ def variants() -> list[Any]:
         if source.name.startswith("test_libfabric") and LIBFABRIC_2.exists():
             found.append(pytest.param(source, LIBFABRIC_2, id=f"{name}-libfabric2"))
     return found
-
-
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    """setup.py as a module: which sources there are, where libfabric is, and the incremental compiler."""
-    specification = importlib.util.spec_from_file_location("moe_efa_setup", ROOT / "setup.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 class NativeTests:
