@@ -18,6 +18,9 @@ class GroupConfig:
         max_tokens_per_rank: int,
         wire_dtype: str = "auto",
         combine_dtype: str = "auto",
+        grad_wire_dtype: str = "auto",
+        grad_combine_dtype: str = "auto",
+        fp8_scale: str = "fp32",
         transport: str = "none",
         provider: str = "",
         timeout_s: float = 600.0,
@@ -60,6 +63,8 @@ class DispatchArgs:
         topk_weights_ptr: int = 0,
         expert_alignment: int = 1,
         plan: Plan | None = None,
+        gradient: bool = False,
+        fp8_output: bool = False,
     ) -> None: ...
 
 class CombineArgs:
@@ -73,6 +78,7 @@ class CombineArgs:
         weights_ptr: int = 0,
         weight_grads_ptr: int = 0,
         topk_weight_grads_ptr: int = 0,
+        gradient: bool = False,
     ) -> None: ...
 
 class Group:
@@ -85,7 +91,7 @@ class Group:
     def check(self) -> None: ...
     def start(self) -> None: ...
     def dispatch_begin(self, args: DispatchArgs) -> Plan: ...
-    def dispatch_finish(self, out_ptr: int, weights_ptr: int) -> None: ...
+    def dispatch_finish(self, out_ptr: int, weights_ptr: int, scales_ptr: int = 0) -> None: ...
     def combine(self, args: CombineArgs) -> None: ...
     def abort(self, message: str) -> None: ...
     def abort_for(self, message: str, *, rank: int, lost: bool) -> None: ...

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from moe_efa.errors import ConfigError
 
 MAX_TOP_K = 64
-_DTYPES = ("auto", "bf16", "fp32")
+_DTYPES = ("auto", "bf16", "fp32", "fp8")
+FP8_SCALES = ("fp32", "ue8m0")
 _TRANSPORTS = ("auto", "shm", "libfabric")
 
 
@@ -34,10 +35,16 @@ class ExpertParallelConfig:
         hidden_size: elements per token, H.
         top_k: selections per token, K; at most 64 and at most ``num_experts``.
         max_tokens_per_rank: most tokens in one dispatch of one rank.
-        wire_dtype: what dispatch sends: "auto" (x's dtype), "bf16" or "fp32".
-        combine_dtype: what combine publishes and sends: "auto" (y's dtype), "bf16" or "fp32".
-        grad_wire_dtype: what dispatches of gradients send: "auto" (as ``wire_dtype``), or the same word as there.
-        fp8_scale: "fp32"; scales of FP8 blocks.
+        wire_dtype: what dispatch sends: "auto" (x's dtype), "bf16", "fp32" or "fp8" (e4m3 in blocks of 1x128, see
+            :func:`moe_efa.quantization.quantize_1x128`). It holds for rows that stay on their rank too.
+        combine_dtype: what combine sends, and what it rounds the sum of a node to: "auto" (y's dtype), "bf16", "fp32"
+            or "fp8". Ranks of a node publish their sums to each other in this dtype, in bf16 where it is "fp8".
+        grad_wire_dtype: what gradients travel in: "auto", "bf16", "fp32" or "fp8". A gradient of combine is a dispatch:
+            it travels in ``grad_wire_dtype``; "auto" stands for ``wire_dtype``, or for the gradient's own dtype where
+            that is "fp8". A gradient of dispatch is a combine: it travels in ``combine_dtype``, or in
+            ``grad_wire_dtype`` where that is "fp8"; "auto" then stands for the gradient's own dtype. So no gradient is
+            rounded to FP8 unless this says "fp8". A dispatch with a handle outside of backward is not of gradients.
+        fp8_scale: scales of FP8 blocks: "fp32", or "ue8m0" for powers of two.
         node_size: ranks per node; None finds it from the hosts.
         transport: what joins nodes: "auto", "shm" (several nodes on one host) or "libfabric". Inside a node it is
             always shared memory.
@@ -88,16 +95,23 @@ class ExpertParallelConfig:
         if self.top_k > MAX_TOP_K:
             raise ConfigError(f"top_k={self.top_k} is more than the {MAX_TOP_K} that a row can describe")
         for name in ("wire_dtype", "combine_dtype", "grad_wire_dtype"):
-            _check_word(name, getattr(self, name), _DTYPES, unavailable=("fp8",))
-        _check_word("fp8_scale", self.fp8_scale, ("fp32",), unavailable=("ue8m0",))
+            _check_word(name, getattr(self, name), _DTYPES)
+        _check_word("fp8_scale", self.fp8_scale, FP8_SCALES)
         _check_word("transport", self.transport, _TRANSPORTS)
-        if self.grad_wire_dtype not in ("auto", self.wire_dtype):
-            raise ConfigError(
-                f"grad_wire_dtype={self.grad_wire_dtype!r} with wire_dtype={self.wire_dtype!r} is not available in "
-                "this version: use 'auto', or the same word for both"
-            )
         if self.provider is not None and (not isinstance(self.provider, str) or not self.provider):
             raise ConfigError(f"provider must be the name of a libfabric provider or None, not {self.provider!r}")
+
+    @property
+    def grad_dispatch_dtype(self) -> str:
+        """What dispatches of gradients send, a word as ``wire_dtype``: the rule of ``grad_wire_dtype``."""
+        if self.grad_wire_dtype != "auto" or self.wire_dtype == "fp8":
+            return self.grad_wire_dtype
+        return self.wire_dtype
+
+    @property
+    def grad_combine_dtype(self) -> str:
+        """What combines of gradients send, a word as ``combine_dtype``: the rule of ``grad_wire_dtype``."""
+        return self.grad_wire_dtype if self.combine_dtype == "fp8" else self.combine_dtype
 
     def check_num_ranks(self, num_ranks: int) -> None:
         """Raise ConfigError unless the experts, and the nodes if given, divide evenly among ``num_ranks``."""
@@ -161,8 +175,6 @@ def _check_integer(name: str, value: object, *, minimum: int) -> None:
         raise ConfigError(f"{name} must be at least {minimum}, not {value}")
 
 
-def _check_word(name: str, value: object, words: Sequence[str], unavailable: Sequence[str] = ()) -> None:
-    if value in unavailable:
-        raise ConfigError(f"{name}={value!r} is not available in this version; use one of {', '.join(words)}")
+def _check_word(name: str, value: object, words: Sequence[str]) -> None:
     if value not in words:
         raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(words)}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from moe_efa import _C, host_memory, rendezvous
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, TransportError
+from moe_efa.quantization import BLOCK_SIZE
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _EXIT_TIMEOUT_S = 2.0
@@ -55,12 +56,44 @@ class NativeGroup:
             topk_weights_ptr=_pointer(topk_weights),
             expert_alignment=expert_alignment,
         )
-        return self._dispatch(args, x, with_weights=True)
+        plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True)
+        return plan, rows, weights
 
-    def replay(self, x: Tensor, plan: _C.Plan) -> Tensor:
-        """x [T, H] -> rows [rows, H] of a plan, in x's dtype. Collective."""
-        args = _C.DispatchArgs(x_ptr=_pointer(x), dtype=DTYPE_NAMES[x.dtype], num_tokens=x.shape[0], plan=plan)
-        return self._dispatch(args, x, with_weights=False)[1]
+    def dispatch_fp8(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
+    ) -> tuple[_C.Plan, Tensor, Tensor, Tensor]:
+        """x [T, H] -> (plan, rows [rows, H] e4m3, scales [rows, ceil(H / 128)] fp32, weights [rows] fp32). Collective.
+
+        The rows of the wire as they are, so ``wire_dtype`` must be "fp8".
+        """
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x),
+            dtype=DTYPE_NAMES[x.dtype],
+            num_tokens=x.shape[0],
+            topk_idx_ptr=_pointer(topk_idx),
+            topk_weights_ptr=_pointer(topk_weights),
+            expert_alignment=expert_alignment,
+            fp8_output=True,
+        )
+        plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True)
+        assert scales is not None
+        return plan, rows, scales, weights
+
+    def replay(self, x: Tensor, plan: _C.Plan, *, gradient: bool = False) -> Tensor:
+        """x [T, H] -> rows [rows, H] of a plan, in x's dtype; a gradient travels in its own wire dtype. Collective."""
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x), dtype=DTYPE_NAMES[x.dtype], num_tokens=x.shape[0], plan=plan, gradient=gradient
+        )
+        return self._dispatch(args, x.dtype, with_weights=False)[1]
+
+    def replay_fp8(self, x: Tensor, plan: _C.Plan) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> rows [rows, H] e4m3 and scales [rows, ceil(H / 128)] fp32 of a plan. Collective."""
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x), dtype=DTYPE_NAMES[x.dtype], num_tokens=x.shape[0], plan=plan, fp8_output=True
+        )
+        _, rows, scales, _ = self._dispatch(args, torch.float8_e4m3fn, with_weights=False)
+        assert scales is not None
+        return rows, scales
 
     def combine(
         self,
@@ -69,12 +102,14 @@ class NativeGroup:
         *,
         weights: Tensor | None = None,
         weight_grads: Tensor | None = None,
+        gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """y [rows, H] -> (out [T, H] in y's dtype, gradients of topk_weights [T, K] fp32 or None). Collective.
 
         Args:
             weights: [rows] fp32 factors of the rows, None for the plain sum.
             weight_grads: [rows] fp32, moved to where the weights came from; all ranks pass them or none does.
+            gradient: y is one, and travels in ``grad_combine_dtype``.
         """
         out = host_memory.empty(plan.num_tokens, self.config.hidden_size, dtype=y.dtype)
         topk_weight_grads = None
@@ -90,6 +125,7 @@ class NativeGroup:
                     weights_ptr=_pointer(weights),
                     weight_grads_ptr=_pointer(weight_grads),
                     topk_weight_grads_ptr=_pointer(topk_weight_grads),
+                    gradient=gradient,
                 )
             )
         return out, topk_weight_grads
@@ -153,20 +189,26 @@ class NativeGroup:
         _forget(self)
         return native
 
-    def _dispatch(self, args: _C.DispatchArgs, x: Tensor, *, with_weights: bool) -> tuple[_C.Plan, Tensor, Tensor]:
+    def _dispatch(
+        self, args: _C.DispatchArgs, dtype: torch.dtype, *, with_weights: bool
+    ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
+        """(plan, rows in dtype, scales if that is e4m3, weights)."""
         with self._call():
             try:
                 plan = self._native.dispatch_begin(args)
-                rows = host_memory.empty(plan.rows, self.config.hidden_size, dtype=x.dtype)
+                rows = host_memory.empty(plan.rows, self.config.hidden_size, dtype=dtype)
+                scales = None
+                if dtype == torch.float8_e4m3fn:
+                    scales = torch.empty(plan.rows, -(-self.config.hidden_size // BLOCK_SIZE), dtype=torch.float32)
                 weights = torch.empty(plan.rows if with_weights else 0, dtype=torch.float32)
-                self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0)
+                self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0, _pointer(scales))
             except (TransportError, ValueError):
                 raise  # the native group knows: failed, or refused before anything was sent
             except BaseException as error:  # no memory, an interrupt: the others wait for this rank's second half
                 self.usable = False
                 self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
                 raise
-        return plan, rows, weights
+        return plan, rows, scales, weights
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:

@@ -76,7 +76,10 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
         needs_x, needs_weights = ctx.needs_input_grad[:2]
         grad_x, grad_topk_weights = ctx.native_group.combine(
-            grad_rows.contiguous(), ctx.plan, weight_grads=grad_weights.contiguous() if needs_weights else None
+            grad_rows.contiguous(),
+            ctx.plan,
+            weight_grads=grad_weights.contiguous() if needs_weights else None,
+            gradient=True,
         )
         return grad_x if needs_x else None, grad_topk_weights, None, None, None
 
@@ -90,7 +93,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.native_group.combine(grad_rows.contiguous(), ctx.plan)[0], None, None
+        return ctx.native_group.combine(grad_rows.contiguous(), ctx.plan, gradient=True)[0], None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -105,7 +108,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weights, y = ctx.saved_tensors
-        grad_rows = ctx.native_group.replay(grad_out.contiguous(), ctx.plan)
+        grad_rows = ctx.native_group.replay(grad_out.contiguous(), ctx.plan, gradient=True)
         grad_weights = None if y is None else _weight_grads(grad_rows, y, ctx.plan)
         if not ctx.needs_input_grad[0]:
             return None, grad_weights, None, None

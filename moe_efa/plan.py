@@ -42,6 +42,7 @@ class Plan:
             "max_tokens": self.config.max_tokens_per_rank,
             "wire_dtype": self.config.wire_dtype,
             "combine_dtype": self.config.combine_dtype,
+            "grad_wire_dtype": self.config.grad_wire_dtype,
             "memory_budget_bytes": self.config.memory_budget_bytes,
             "registered_bytes": self.registered_bytes,
             "slots": self.slots,
@@ -70,6 +71,8 @@ def plan_memory(num_ranks: int, config: ExpertParallelConfig) -> Plan:
             max_tokens_per_rank=config.max_tokens_per_rank,
             wire_dtype=config.wire_dtype,
             combine_dtype=config.combine_dtype,
+            grad_wire_dtype=config.grad_dispatch_dtype,
+            grad_combine_dtype=config.grad_combine_dtype,
             memory_budget_bytes=config.memory_budget_bytes,
             chunk_rows=config.chunk_rows,
             slots=config.slots,
@@ -99,8 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{meaning} (default {value})")
     parser.add_argument("--node-size", type=int, metavar="N", help="ranks per node (default 8, or all ranks if fewer)")
     parser.add_argument("--memory-budget", type=parse_bytes, default=1 << 30, metavar="BYTES", help="such as 512MiB")
-    for name in ("wire-dtype", "combine-dtype"):
-        parser.add_argument(f"--{name}", default="auto", choices=("auto", "bf16", "fp32"), help="auto: room for fp32")
+    for name in ("wire-dtype", "combine-dtype", "grad-wire-dtype"):
+        words = ("auto", "bf16", "fp32", "fp8")
+        parser.add_argument(f"--{name}", default="auto", choices=words, help="auto: room for fp32")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
 
 
@@ -136,6 +140,7 @@ def run_command(options: argparse.Namespace) -> int:
             node_size=options.node_size or min(8, max(1, options.ranks)),
             wire_dtype=options.wire_dtype,
             combine_dtype=options.combine_dtype,
+            grad_wire_dtype=options.grad_wire_dtype,
             memory_budget_bytes=options.memory_budget,
         )
         if options.ranks < 1:
@@ -156,6 +161,7 @@ def format_table(plan: Plan) -> str:
         ("shape", f"H={config.hidden_size}, K={config.top_k}, E={config.num_experts}"),
         ("tokens per dispatch", f"at most {config.max_tokens_per_rank} per rank"),
         ("wire, combine dtype", f"{config.wire_dtype}, {config.combine_dtype} (auto: room for fp32)"),
+        ("of their gradients", f"{config.grad_dispatch_dtype}, {config.grad_combine_dtype}"),
         ("memory budget", _mebibytes(config.memory_budget_bytes)),
         ("registered per rank", _mebibytes(plan.registered_bytes)),
         ("registered per node", _mebibytes(plan.registered_bytes * plan.node_size)),

@@ -4,7 +4,9 @@ Slow and obvious: it loops in the order in which every other implementation must
 results agree bitwise. Lists run over the ranks of the group. It knows the plan and nothing else: no chunks, rings or
 epochs, which is invariant I3.
 
-Numerics: scores are fp32; every product ``w * y`` and every addition is rounded to fp32 on its own, never fused.
+Numerics: scores are fp32; every product ``w * y`` and every addition is rounded to fp32 on its own, never fused. FP8 is
+that of :mod:`moe_efa.quantization`. A dtype is a word as in ``ExpertParallelConfig``; for the backward functions it is
+that of gradients, ``config.grad_dispatch_dtype`` and ``config.grad_combine_dtype``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_efa.quantization import dequantize_1x128, quantize_1x128
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,12 +55,13 @@ class ReferencePlan:
 
 class ReferenceDispatch(NamedTuple):
     """What one rank receives: x [rows, H] in the senders' dtype, tokens_per_expert [E_local] int64, offsets
-    [E_local + 1] int32, weights [rows] fp32."""
+    [E_local + 1] int32, weights [rows] fp32; scales [rows, ceil(H / 128)] fp32 where x is e4m3."""
 
     x: Tensor
     tokens_per_expert: Tensor
     offsets: Tensor
     weights: Tensor
+    scales: Tensor | None = None
 
 
 def make_plan(topk_idx: Sequence[Tensor], *, num_experts: int, expert_alignment: int = 1) -> ReferencePlan:
@@ -118,6 +123,8 @@ def dispatch(
     plan: ReferencePlan,
     *,
     wire_dtype: str = "auto",
+    fp8_scale: str = "fp32",
+    output: str = "same",
 ) -> list[ReferenceDispatch]:
     """Send every row to the rank that owns its expert.
 
@@ -125,10 +132,13 @@ def dispatch(
         x: per rank [T_r, H] bf16 or fp32.
         topk_weights: per rank [T_r, K] fp32; those of -1 selections are never read.
         plan: from :func:`make_plan`.
-        wire_dtype: "auto" (x's dtype), "bf16" or "fp32"; rows are rounded to it, those a rank sends to itself too.
+        wire_dtype: "auto" (x's dtype), "bf16", "fp32" or "fp8"; rows are rounded to it, those a rank sends to itself
+            too.
+        fp8_scale: "fp32" or "ue8m0".
+        output: "fp8" gives the rows as quantized, with their scales.
 
     Returns:
-        Per rank a :class:`ReferenceDispatch`. Padding rows are zeros with weight 0.
+        Per rank a :class:`ReferenceDispatch`. Padding rows are zeros with weight 0; their scales are 1.
 
     >>> idx = [torch.tensor([[1, 2], [1, -1]]), torch.tensor([[2, 1], [2, 3]])]
     >>> w = [torch.tensor([[0.5, 0.25], [1.0, float("nan")]]), torch.tensor([[0.75, 0.125], [0.5, 2.0]])]
@@ -145,7 +155,11 @@ def dispatch(
     [0.25, 0.75, 0.5, 0.0, 2.0, 0.0]
     """
     received = []
-    for rank, rows in enumerate(dispatch_rows(x, plan, wire_dtype=wire_dtype)):
+    rows_of_rank = dispatch_rows(x, plan, wire_dtype=wire_dtype, fp8_scale=fp8_scale)
+    for rank, rows in enumerate(rows_of_rank):
+        scales = None
+        if output == "fp8":
+            rows, scales = dispatch_fp8_rows(x, plan, fp8_scale=fp8_scale)[rank]
         weights = torch.zeros(len(plan.rows[rank]), dtype=torch.float32)
         for i, row in enumerate(plan.rows[rank]):
             if row is not None:
@@ -156,20 +170,41 @@ def dispatch(
                 tokens_per_expert=torch.tensor(plan.tokens_per_expert[rank], dtype=torch.int64),
                 offsets=torch.tensor(plan.offsets[rank], dtype=torch.int32),
                 weights=weights,
+                scales=scales,
             )
         )
     return received
 
 
-def dispatch_rows(x: Sequence[Tensor], plan: ReferencePlan, *, wire_dtype: str = "auto") -> list[Tensor]:
+def dispatch_rows(
+    x: Sequence[Tensor], plan: ReferencePlan, *, wire_dtype: str = "auto", fp8_scale: str = "fp32"
+) -> list[Tensor]:
     """The rows alone: a dispatch that replays a plan. Per rank [rows, H] in x's dtype."""
+    sent = [_round(tokens, wire_dtype, fp8_scale) for tokens in x]
     received = []
     for rank_rows in plan.rows:
         rows = torch.zeros(len(rank_rows), x[0].shape[1], dtype=x[0].dtype)
         for i, row in enumerate(rank_rows):
             if row is not None:
-                rows[i] = _round(x[row.source_rank][row.token_idx], wire_dtype)
+                rows[i] = sent[row.source_rank][row.token_idx]
         received.append(rows)
+    return received
+
+
+def dispatch_fp8_rows(
+    x: Sequence[Tensor], plan: ReferencePlan, *, fp8_scale: str = "fp32"
+) -> list[tuple[Tensor, Tensor]]:
+    """The rows of :func:`dispatch_rows` on an FP8 wire as they are: per rank [rows, H] e4m3 and [rows, blocks] fp32."""
+    sent = [quantize_1x128(tokens, scale_format=fp8_scale) for tokens in x]
+    received = []
+    for rank_rows in plan.rows:
+        codes = torch.zeros(len(rank_rows), x[0].shape[1], dtype=torch.uint8)
+        scales = torch.ones(len(rank_rows), sent[0][1].shape[1])
+        for i, row in enumerate(rank_rows):
+            if row is not None:
+                q, q_scales = sent[row.source_rank]
+                codes[i], scales[i] = q[row.token_idx].view(torch.uint8), q_scales[row.token_idx]
+        received.append((codes.view(torch.float8_e4m3fn), scales))
     return received
 
 
@@ -180,20 +215,22 @@ def combine(
     weights: Sequence[Tensor] | None = None,
     node_size: int,
     combine_dtype: str = "auto",
+    fp8_scale: str = "fp32",
 ) -> list[Tensor]:
     """Bring the experts' rows home: ``out[t] = sum over k of w[t, k] * y[row(t, k)]``, in a fixed order.
 
     Per token: every rank adds its own experts' terms in (expert, top-k position) order and rounds the sum to
-    ``combine_dtype``; every node adds its ranks' sums in rank order and rounds to ``combine_dtype``, the token's own
-    node too; the nodes' sums are added in node order and rounded once to y's dtype. A sum starts from its first term,
-    and who has no term does not take part. A token that selected nothing gives zeros.
+    ``combine_dtype``, to bf16 where that is "fp8"; every node adds its ranks' sums in rank order and rounds to
+    ``combine_dtype``, the token's own node too; the nodes' sums are added in node order and rounded once to y's dtype.
+    A sum starts from its first term, and who has no term does not take part. A token that selected nothing gives zeros.
 
     Args:
         y: per rank [rows, H] bf16 or fp32. Padding rows are never read.
         plan: from :func:`make_plan`.
         weights: per rank [rows] fp32 dispatched weights, or None for the plain sum.
         node_size: ranks per node.
-        combine_dtype: "auto" (y's dtype), "bf16" or "fp32".
+        combine_dtype: "auto" (y's dtype), "bf16", "fp32" or "fp8".
+        fp8_scale: "fp32" or "ue8m0".
 
     Returns:
         Per rank [T_r, H] in y's dtype.
@@ -212,6 +249,7 @@ def combine(
     [[[20.0, 40.0], [30.0, 40.0]], [[100.0, 120.0], [140.0, 160.0]]]
     """
     num_ranks, hidden_size, dtype = plan.num_ranks, y[0].shape[1], y[0].dtype
+    publish_dtype = "bf16" if combine_dtype == "fp8" else combine_dtype
     if num_ranks % node_size:
         raise ValueError(f"node_size={node_size} does not divide {num_ranks} ranks")
 
@@ -228,7 +266,7 @@ def combine(
             token = (row.source_rank, row.token_idx)
             sums[token] = sums[token] + term if token in sums else term
         for token, total in sums.items():
-            published.setdefault(token, {})[owner_rank] = _round(total, combine_dtype, dtype)
+            published.setdefault(token, {})[owner_rank] = _round(total, publish_dtype, auto=dtype)
 
     results = []
     for source_rank, num_tokens in enumerate(plan.num_tokens):
@@ -240,7 +278,7 @@ def combine(
                 node_ranks = range(first_rank, first_rank + node_size)
                 terms = [by_rank[rank] for rank in node_ranks if rank in by_rank]
                 if terms:
-                    node_sums.append(_round(_sum_in_order(terms), combine_dtype, dtype))
+                    node_sums.append(_round(_sum_in_order(terms), combine_dtype, fp8_scale, auto=dtype))
             if node_sums:
                 out[token_idx] = _sum_in_order(node_sums).to(dtype)
         results.append(out)
@@ -254,17 +292,19 @@ def dispatch_backward(
     *,
     node_size: int,
     combine_dtype: str = "auto",
+    fp8_scale: str = "fp32",
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Gradients of :func:`dispatch`: the unweighted combine of the rows' gradients; the weights' are moved as fp32.
 
     Args:
         grad_rows: per rank [rows, H], gradient of the dispatched rows.
         grad_weights: per rank [rows] fp32, gradient of the dispatched weights, or None.
+        combine_dtype, fp8_scale: as in :func:`combine`; of gradients, ``config.grad_combine_dtype``.
 
     Returns:
         ``(grad_x, grad_topk_weights)``, per rank [T_r, H] and [T_r, K] fp32 (0 where nothing was selected).
     """
-    grad_x = combine(grad_rows, plan, node_size=node_size, combine_dtype=combine_dtype)
+    grad_x = combine(grad_rows, plan, node_size=node_size, combine_dtype=combine_dtype, fp8_scale=fp8_scale)
     if grad_weights is None:
         return grad_x, None
     grad_topk_weights = [torch.zeros(num_tokens, plan.top_k) for num_tokens in plan.num_tokens]
@@ -282,16 +322,18 @@ def combine_backward(
     *,
     weights: Sequence[Tensor] | None = None,
     wire_dtype: str = "auto",
+    fp8_scale: str = "fp32",
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Gradients of :func:`combine`: dispatch of ``grad_out`` on the plan, times w where y was.
 
     The weight gradient of a row is ``sum over H of grad_row * y`` in fp32; ``grad_y`` is the fp32 product ``w *
-    grad_row`` rounded once to y's dtype. Both are 0 on padding rows, whatever y holds there.
+    grad_row`` rounded once to y's dtype. Both are 0 on padding rows, whatever y holds there. ``wire_dtype`` and
+    ``fp8_scale`` are as in :func:`dispatch`; of gradients, ``config.grad_dispatch_dtype``.
 
     Returns:
         ``(grad_y, grad_weights)``, per rank [rows, H] in y's dtype and [rows] fp32 (None if unweighted).
     """
-    grad_rows = dispatch_rows(grad_out, plan, wire_dtype=wire_dtype)
+    grad_rows = dispatch_rows(grad_out, plan, wire_dtype=wire_dtype, fp8_scale=fp8_scale)
     if weights is None:
         return grad_rows, None
     grad_y, grad_weights = [], []
@@ -336,7 +378,10 @@ def _sum_in_order(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _round(values: Tensor, dtype_name: str, auto: torch.dtype | None = None) -> Tensor:
-    """Round to a named dtype ("auto": to ``auto``, or not at all) and return to the dtype of ``values``."""
+def _round(values: Tensor, dtype_name: str, fp8_scale: str = "fp32", *, auto: torch.dtype | None = None) -> Tensor:
+    """Round rows, or one row, to a named dtype ("auto": to ``auto``, or not at all); return them in their own dtype."""
+    if dtype_name == "fp8":
+        q, scales = quantize_1x128(values.reshape(-1, values.shape[-1]), scale_format=fp8_scale)
+        return dequantize_1x128(q, scales, dtype=values.dtype).reshape(values.shape)
     dtype = (auto or values.dtype) if dtype_name == "auto" else DTYPES[dtype_name]
     return values.to(dtype).to(values.dtype)

@@ -44,6 +44,10 @@ def test_immediate_kinds() -> None:
     assert {row[0]: int(row[1]) for row in TABLES["kind"]} == LAYOUT["kinds"]
 
 
+def test_dtypes() -> None:
+    assert {row[0]: int(row[1]) for row in TABLES["dtype"]} == LAYOUT["dtypes"]
+
+
 def test_flags() -> None:
     assert {row[0]: int(row[1]) for row in TABLES["flag"]} == LAYOUT["flags"]
 

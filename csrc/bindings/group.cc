@@ -23,7 +23,7 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);  // NOLINT: the caller vouches for it
 }
 
-proto::DType dtype_of(const std::string& name) {
+proto::DType dtype_of(const std::string& name) {  // of a tensor that is sent or received
   if (name == "bf16") return proto::DType::kBf16;
   if (name == "fp32") return proto::DType::kFp32;
   throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "dtype '" + name + "' is not bf16 or fp32"});
@@ -52,6 +52,12 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.wire_dtype = py::cast<std::string>(value);
     else if (name == "combine_dtype")
       config.combine_dtype = py::cast<std::string>(value);
+    else if (name == "grad_wire_dtype")
+      config.grad_wire_dtype = py::cast<std::string>(value);
+    else if (name == "grad_combine_dtype")
+      config.grad_combine_dtype = py::cast<std::string>(value);
+    else if (name == "fp8_scale")
+      config.fp8_scale = py::cast<std::string>(value);
     else if (name == "transport")
       config.transport = py::cast<std::string>(value);
     else if (name == "provider")
@@ -103,7 +109,7 @@ using PlanPtr = std::shared_ptr<kernels::Plan>;
 
 DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, std::uint32_t num_tokens,
                               std::uintptr_t topk_idx_ptr, std::uintptr_t topk_weights_ptr,
-                              std::uint32_t expert_alignment, const PlanPtr& plan) {
+                              std::uint32_t expert_alignment, const PlanPtr& plan, bool gradient, bool fp8_output) {
   if (!plan && expert_alignment == 0) {
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "expert_alignment must be positive"});
   }
@@ -116,19 +122,22 @@ DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, st
           pointer<const std::int64_t>(topk_idx_ptr),
           pointer<const float>(topk_weights_ptr),
           expert_alignment,
-          plan};
+          plan,
+          gradient,
+          fp8_output};
 }
 
 CombineRequest make_combine(std::uintptr_t y_ptr, const std::string& dtype, const PlanPtr& plan, std::uintptr_t out_ptr,
                             std::uintptr_t weights_ptr, std::uintptr_t weight_grads_ptr,
-                            std::uintptr_t topk_weight_grads_ptr) {
+                            std::uintptr_t topk_weight_grads_ptr, bool gradient) {
   return {pointer<const void>(y_ptr),
           dtype_of(dtype),
           plan,
           pointer<void>(out_ptr),
           pointer<const float>(weights_ptr),
           pointer<const float>(weight_grads_ptr),
-          pointer<float>(topk_weight_grads_ptr)};
+          pointer<float>(topk_weight_grads_ptr),
+          gradient};
 }
 
 py::dict stats_dict(const runtime::GroupStats& stats) {
@@ -182,11 +191,11 @@ void bind_group(py::module_& module) {
   py::class_<DispatchRequest>(module, "DispatchArgs")
       .def(py::init(&make_dispatch), py::kw_only(), py::arg("x_ptr"), py::arg("dtype"), py::arg("num_tokens"),
            py::arg("topk_idx_ptr") = 0, py::arg("topk_weights_ptr") = 0, py::arg("expert_alignment") = 1,
-           py::arg("plan") = py::none());
+           py::arg("plan") = py::none(), py::arg("gradient") = false, py::arg("fp8_output") = false);
   py::class_<CombineRequest>(module, "CombineArgs")
       .def(py::init(&make_combine), py::kw_only(), py::arg("y_ptr"), py::arg("dtype"), py::arg("plan"),
            py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("weight_grads_ptr") = 0,
-           py::arg("topk_weight_grads_ptr") = 0);
+           py::arg("topk_weight_grads_ptr") = 0, py::arg("gradient") = false);
 
   py::class_<Group, GroupPtr>(module, "Group")
       .def(py::init([](const GroupConfig& config) {
@@ -212,10 +221,10 @@ void bind_group(py::module_& module) {
       .def("dispatch_begin", &Group::dispatch_begin, py::arg("args"), release())
       .def(
           "dispatch_finish",
-          [](Group& group, std::uintptr_t out_ptr, std::uintptr_t weights_ptr) {
-            group.dispatch_finish(pointer<void>(out_ptr), pointer<float>(weights_ptr));
+          [](Group& group, std::uintptr_t out_ptr, std::uintptr_t weights_ptr, std::uintptr_t scales_ptr) {
+            group.dispatch_finish({pointer<void>(out_ptr), pointer<float>(weights_ptr), pointer<float>(scales_ptr)});
           },
-          py::arg("out_ptr"), py::arg("weights_ptr"), release())
+          py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0, release())
       .def("combine", &Group::combine, py::arg("args"), release())
       .def(
           "abort", [](Group& group, const std::string& message) { group.abort(message); }, py::arg("message"),

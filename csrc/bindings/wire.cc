@@ -73,7 +73,7 @@ py::dict structs() {
 
 py::dict wire_layout() {
   using proto::ImmKind;
-  py::dict imm, kinds, flags, out;
+  py::dict imm, kinds, flags, dtypes, out;
   imm["kind"] = py::make_tuple(proto::kImmKindShift, proto::kImmKindBits);
   imm["last"] = py::make_tuple(proto::kImmLastShift, proto::kImmLastBits);
   imm["epoch"] = py::make_tuple(proto::kImmEpochShift, proto::kImmEpochBits);
@@ -89,10 +89,12 @@ py::dict wire_layout() {
   flags["replay"] = proto::kFlagReplay;
   flags["weight gradients"] = proto::kFlagWeightGrads;
   flags["last"] = proto::kFlagLast;
+  for (std::uint32_t i = 0; i < proto::kNumDTypes; ++i) dtypes[proto::dtype_name(static_cast<proto::DType>(i))] = i;
   out["protocol_version"] = proto::kProtocolVersion;
   out["imm"] = imm;
   out["kinds"] = kinds;
   out["flags"] = flags;
+  out["dtypes"] = dtypes;
   out["structs"] = structs();
   return out;
 }

@@ -352,7 +352,7 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
       return reject(epoch, "stale or future epoch; " + std::to_string(begun_[index(phase)]) + " begun here");
     }
   }
-  if (header.dtype > static_cast<std::uint32_t>(proto::DType::kFp32)) return reject(epoch, "unknown dtype");
+  if (header.dtype >= proto::kNumDTypes) return reject(epoch, "unknown dtype");
   if (header.rows == 0 || header.rows > config.chunk_rows ||
       header.num_entries > std::uint64_t{header.rows} * config.top_k) {
     return reject(epoch, "rows " + std::to_string(header.rows) + " or entries " + std::to_string(header.num_entries) +
@@ -405,8 +405,8 @@ void Engine::on_counts(Phase phase, const Imm& imm, std::uint32_t bytes) {
   if (bytes != 0 && (bytes < least || bytes > layout_.counts_bytes())) {
     return protocol_error(node, phase, signed_epoch, -1, "counts record of " + std::to_string(bytes) + " bytes");
   }
-  if (record.dtype > static_cast<std::uint32_t>(proto::DType::kFp32) ||
-      record.rows_per_chunk > layout_.config().chunk_rows || (record.rows > 0) != (record.rows_per_chunk > 0) ||
+  if (record.dtype >= proto::kNumDTypes || record.rows_per_chunk > layout_.config().chunk_rows ||
+      (record.rows > 0) != (record.rows_per_chunk > 0) ||
       (record.rows > 0 ? common::ceil_div(record.rows, record.rows_per_chunk) : 0) != record.num_chunks) {
     return protocol_error(node, phase, signed_epoch, -1, "counts record with impossible rows or chunks");
   }

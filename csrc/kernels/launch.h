@@ -52,12 +52,14 @@ struct DispatchArgs {
   const void* x = nullptr;  // [num_tokens, hidden_size]
   proto::DType x_dtype = proto::DType::kBf16;
   proto::DType wire_dtype = proto::DType::kBf16;
-  std::shared_ptr<Plan> plan;  // fresh (from build_send_plan) or complete (a replay)
+  proto::DType out_dtype = proto::DType::kBf16;  // x_dtype, or FP8 where the wire's dtype is FP8
+  std::shared_ptr<Plan> plan;                    // fresh (from build_send_plan) or complete (a replay)
 };
 
 struct DispatchOutput {
-  void* x = nullptr;         // [rows, hidden_size] in x_dtype
+  void* x = nullptr;         // [rows, hidden_size] in out_dtype
   float* weights = nullptr;  // [rows]; null in a replay
+  float* scales = nullptr;   // [rows, fp8_blocks(hidden_size)]; of FP8 rows only
   bool stream = false;       // x is larger than what the caches could keep of it
 };
 

@@ -19,8 +19,9 @@ struct LayoutConfig {
   std::uint32_t experts_per_rank = 1;
   std::uint32_t top_k = 1;
   std::uint32_t hidden_size = 1;
-  DType dispatch_dtype = DType::kFp32;  // the widest that may cross in this phase
-  DType combine_dtype = DType::kFp32;
+  DTypeSet dispatch_dtypes = DType::kFp32;  // that may cross in this phase
+  DTypeSet combine_dtypes = DType::kFp32;
+  Fp8Scale fp8_scale = Fp8Scale::kFp32;  // of FP8 rows; decides no size
   std::uint32_t chunk_rows = 64;
   std::uint32_t slots = 2;          // S: slots of a ring whose writer is on another node
   std::uint32_t own_slots = 2;      // slots of the ring that a rank writes for its own node
@@ -35,11 +36,20 @@ class RegionLayout {
     std::uint32_t remote_nodes = config.num_nodes - 1;
     dispatch_slot_bytes_ = common::round_up<std::uint64_t>(
         dispatch_chunk_bytes(false, config.chunk_rows, config.chunk_rows * config.top_k,
-                             hidden_row_bytes(config.hidden_size, config.dispatch_dtype)),
+                             config.dispatch_dtypes.longest_row_bytes(config.hidden_size)),
         kAlign);
-    combine_slot_bytes_ =
-        common::round_up<std::uint64_t>(combine_chunk_bytes(true, config.chunk_rows, config.top_k,
-                                                            hidden_row_bytes(config.hidden_size, config.combine_dtype)),
+    combine_slot_bytes_ = common::round_up<std::uint64_t>(
+        combine_chunk_bytes(true, config.chunk_rows, config.top_k,
+                            config.combine_dtypes.longest_row_bytes(config.hidden_size)),
+        kAlign);
+    DTypeSet publish_dtypes;
+    for (std::uint32_t i = 0; i < kNumDTypes; ++i) {
+      auto dtype = static_cast<DType>(i);
+      if (config.combine_dtypes.has(dtype)) publish_dtypes = publish_dtypes | publish_dtype(dtype);
+    }
+    publish_slot_bytes_ =
+        common::round_up<std::uint64_t>(publish_chunk_bytes(true, config.chunk_rows, config.top_k,
+                                                            publish_dtypes.longest_row_bytes(config.hidden_size)),
                                         kAlign);
     counts_bytes_ = common::round_up<std::uint64_t>(
         sizeof(CountsRecord) + std::uint64_t{config.experts_per_rank} * config.node_size * 4, kAlign);
@@ -67,7 +77,7 @@ class RegionLayout {
     ring_[1] = take(ring_slots * combine_slot_bytes_);
     send_[0] = take(std::uint64_t{remote_nodes} * config.slots * dispatch_slot_bytes_);
     send_[1] = take(std::uint64_t{remote_nodes} * config.slots * combine_slot_bytes_);
-    publish_ = take(mates * nodes * config.publish_slots * combine_slot_bytes_);
+    publish_ = take(mates * nodes * config.publish_slots * publish_slot_bytes_);
     total_bytes_ = end;
   }
 
@@ -78,6 +88,7 @@ class RegionLayout {
   constexpr std::uint64_t slot_bytes(Phase phase) const {
     return phase == Phase::kDispatch ? dispatch_slot_bytes_ : combine_slot_bytes_;
   }
+  constexpr std::uint64_t publish_slot_bytes() const { return publish_slot_bytes_; }
   constexpr std::uint64_t counts_bytes() const { return counts_bytes_; }
   constexpr std::uint32_t ring_slots(std::uint32_t node) const {
     return node == own_node_ ? config_.own_slots : config_.slots;
@@ -131,7 +142,7 @@ class RegionLayout {
   constexpr std::uint64_t publish_slot(std::uint32_t forwarder, std::uint32_t source_node, std::uint64_t seq) const {
     return publish_ + ((forwarder * std::uint64_t{config_.num_nodes} + source_node) * config_.publish_slots +
                        seq % config_.publish_slots) *
-                          combine_slot_bytes_;
+                          publish_slot_bytes_;
   }
 
  private:
@@ -150,7 +161,7 @@ class RegionLayout {
 
   LayoutConfig config_;
   std::uint32_t own_node_;
-  std::uint64_t dispatch_slot_bytes_ = 0, combine_slot_bytes_ = 0, counts_bytes_ = 0;
+  std::uint64_t dispatch_slot_bytes_ = 0, combine_slot_bytes_ = 0, publish_slot_bytes_ = 0, counts_bytes_ = 0;
   std::uint64_t begun_ = 0, doorbell_ = 0, send_free_ = 0, retired_ = 0, released_ = 0, published_ = 0, consumed_ = 0;
   std::uint64_t counts_ready_ = 0, arrived_ = 0, flag_bytes_ = 0, counts_ = 0, counts_send_ = 0;
   std::uint64_t ring_[2] = {0, 0}, send_[2] = {0, 0}, publish_ = 0, total_bytes_ = 0;

@@ -16,10 +16,18 @@ using proto::DType;
   throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1, text});
 }
 
-DType widest(const std::string& name, const char* field) {
-  if (name == "bf16") return DType::kBf16;
-  if (name == "fp32" || name == "auto") return DType::kFp32;
-  config_error(std::string(field) + " '" + name + "' is not one of auto, bf16, fp32");
+proto::DTypeSet dtypes_of(const std::string& name, const char* field) {
+  if (name == "auto") return proto::DTypeSet(DType::kBf16) | DType::kFp32;  // whatever the tensors are
+  for (DType dtype : {DType::kBf16, DType::kFp32, DType::kFp8}) {
+    if (name == proto::dtype_name(dtype)) return dtype;
+  }
+  config_error(std::string(field) + " '" + name + "' is not one of auto, bf16, fp32, fp8");
+}
+
+proto::Fp8Scale scale_of(const std::string& name) {
+  if (name == "fp32") return proto::Fp8Scale::kFp32;
+  if (name == "ue8m0") return proto::Fp8Scale::kUe8m0;
+  config_error("fp8_scale '" + name + "' is not one of fp32, ue8m0");
 }
 
 constexpr std::uint32_t kChunkRows = 64;
@@ -55,8 +63,11 @@ Sizing choose_layout(const GroupConfig& config) {
   layout.experts_per_rank = config.num_experts / topology.num_ranks;
   layout.top_k = config.top_k;
   layout.hidden_size = config.hidden_size;
-  layout.dispatch_dtype = widest(config.wire_dtype, "wire_dtype");
-  layout.combine_dtype = widest(config.combine_dtype, "combine_dtype");
+  layout.dispatch_dtypes =
+      dtypes_of(config.wire_dtype, "wire_dtype") | dtypes_of(config.grad_wire_dtype, "grad_wire_dtype");
+  layout.combine_dtypes =
+      dtypes_of(config.combine_dtype, "combine_dtype") | dtypes_of(config.grad_combine_dtype, "grad_combine_dtype");
+  layout.fp8_scale = scale_of(config.fp8_scale);
 
   if (config.slots > proto::kMaxSlots || config.chunk_rows > 1u << 16) {
     config_error("slots " + std::to_string(config.slots) + " or chunk_rows " + std::to_string(config.chunk_rows) +
@@ -101,14 +112,15 @@ Sizing choose_layout(const GroupConfig& config) {
 }
 
 std::uint64_t layout_hash(const proto::LayoutConfig& layout) {
-  // FNV-1a over the numbers that decide where a peer writes.
+  // FNV-1a over the numbers that decide where a peer writes, and how its rows are to be read.
   std::uint64_t hash = 0xcbf29ce484222325ull;
   for (std::uint64_t value :
        {std::uint64_t{proto::kProtocolVersion}, std::uint64_t{layout.num_nodes}, std::uint64_t{layout.node_size},
         std::uint64_t{layout.experts_per_rank}, std::uint64_t{layout.top_k}, std::uint64_t{layout.hidden_size},
-        static_cast<std::uint64_t>(layout.dispatch_dtype), static_cast<std::uint64_t>(layout.combine_dtype),
-        std::uint64_t{layout.chunk_rows}, std::uint64_t{layout.slots}, std::uint64_t{layout.own_slots},
-        std::uint64_t{layout.publish_slots}, proto::RegionLayout(layout, 0).total_bytes()}) {
+        std::uint64_t{layout.dispatch_dtypes.bits()}, std::uint64_t{layout.combine_dtypes.bits()},
+        static_cast<std::uint64_t>(layout.fp8_scale), std::uint64_t{layout.chunk_rows}, std::uint64_t{layout.slots},
+        std::uint64_t{layout.own_slots}, std::uint64_t{layout.publish_slots},
+        proto::RegionLayout(layout, 0).total_bytes()}) {
     for (int i = 0; i < 8; ++i) {
       hash = (hash ^ (value >> (8 * i) & 0xff)) * 0x100000001b3ull;
     }

@@ -17,8 +17,13 @@ struct GroupConfig {
   std::uint32_t hidden_size = 0;
   std::uint32_t top_k = 0;
   std::uint32_t max_tokens_per_rank = 0;
-  std::string wire_dtype = "auto";  // "auto" | "bf16" | "fp32"
+  // What dispatches and combines send, of values and of gradients: "auto" (as the tensor) | "bf16" | "fp32" | "fp8".
+  // The rule that fills the two words for gradients is ExpertParallelConfig's.
+  std::string wire_dtype = "auto";
   std::string combine_dtype = "auto";
+  std::string grad_wire_dtype = "auto";
+  std::string grad_combine_dtype = "auto";
+  std::string fp8_scale = "fp32";  // | "ue8m0"
   std::string transport = "none";  // what joins nodes: "none" | "shm" | "libfabric"
   std::string provider;            // of libfabric; empty = the best present
   double timeout_s = 600;

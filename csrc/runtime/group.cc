@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <string>
 #include <thread>
 
 #include "common/check.h"
@@ -51,6 +52,14 @@ std::string describe_wait(const kernels::Waiting& waiting) {
   if (*waiting.what != '\0') text << ' ' << waiting.what;
   if (waiting.chunk >= 0) text << " (chunk " << waiting.chunk << ")";
   return text.str();
+}
+
+// `configured` is one of the words that choose_layout knows.
+proto::DType resolve_dtype(const std::string& configured, proto::DType tensor) {
+  for (proto::DType dtype : {proto::DType::kBf16, proto::DType::kFp32, proto::DType::kFp8}) {
+    if (configured == proto::dtype_name(dtype)) return dtype;
+  }
+  return tensor;  // "auto"
 }
 
 }  // namespace
@@ -349,11 +358,6 @@ void Group::run(Call& call, Phase phase, const Until& until) {
   }
 }
 
-proto::DType Group::wire_dtype(const std::string& configured, proto::DType tensor) const {
-  if (configured == "auto") return tensor;
-  return configured == "bf16" ? proto::DType::kBf16 : proto::DType::kFp32;
-}
-
 std::uint64_t Group::floor_bytes(Phase phase, const kernels::Plan& plan, proto::DType dtype) const {
   std::uint64_t rows = 0;
   for (std::uint32_t node = 0; node < config_.topology.num_nodes(); ++node) {
@@ -362,13 +366,19 @@ std::uint64_t Group::floor_bytes(Phase phase, const kernels::Plan& plan, proto::
                 ? plan.send[node].facts.rows
                 : plan.rings[config_.topology.local_rank() * config_.topology.num_nodes() + node].rows;
   }
-  return rows * config_.hidden_size * proto::dtype_bytes(dtype);
+  return rows * proto::dense_row_bytes(config_.hidden_size, dtype);
 }
 
 std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& request) {
   check_open(Phase::kDispatch);
   MOE_EFA_CHECK(!dispatch_, "dispatch_begin() while a dispatch is in progress");
   double begin = monotonic_s();
+  proto::DType wire = resolve_dtype(request.gradient ? config_.grad_wire_dtype : config_.wire_dtype, request.dtype);
+  if (request.fp8_output && wire != proto::DType::kFp8) {
+    throw StatusError(
+        {StatusCode::kInvalid, -1, -1, -1, -1,
+         std::string("FP8 rows cannot be handed through: the wire's dtype is ") + proto::dtype_name(wire)});
+  }
   std::shared_ptr<kernels::Plan> plan = request.plan;
   if (!plan) {
     // Throws kInvalid before anything is sent or counted (I17).
@@ -378,29 +388,32 @@ std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& requ
   }
   dispatch_request_ = request;
   dispatch_plan_ = plan;
-  dispatch_.emplace(
-      context(), kernels::DispatchArgs{request.x, request.dtype, wire_dtype(config_.wire_dtype, request.dtype), plan});
+  dispatch_wire_ = wire;
+  dispatch_out_ = request.fp8_output ? proto::DType::kFp8 : request.dtype;
+  dispatch_.emplace(context(), kernels::DispatchArgs{request.x, request.dtype, dispatch_wire_, dispatch_out_, plan});
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->sizes_known(); });
   liveness_->set_away(true);  // until the caller has memory for the rows
   phase_stats_[0].seconds += monotonic_s() - begin;
   return plan;
 }
 
-void Group::dispatch_finish(void* out, float* weights) {
+void Group::dispatch_finish(const kernels::DispatchOutput& output) {
   liveness_->set_away(false);
   check_open(Phase::kDispatch);
   MOE_EFA_CHECK(dispatch_, "dispatch_finish() without dispatch_begin()");
   double begin = monotonic_s();
-  std::uint64_t bytes =
-      dispatch_plan_->rows() * config_.hidden_size * proto::dtype_bytes(dispatch_request_.dtype);
-  prefer_huge_pages(out, bytes);
-  dispatch_->set_output({out, weights, bytes > cache_share_bytes_});
+  MOE_EFA_CHECK((output.scales != nullptr) == (dispatch_out_ == proto::DType::kFp8),
+                "scales are for FP8 rows, and only for them");
+  std::uint64_t bytes = dispatch_plan_->rows() * config_.hidden_size * proto::dtype_bytes(dispatch_out_);
+  prefer_huge_pages(output.x, bytes);
+  kernels::DispatchOutput to = output;
+  to.stream = bytes > cache_share_bytes_;
+  dispatch_->set_output(to);
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->done(); });
   dispatch_.reset();
   PhaseStats& stats = phase_stats_[0];
   ++stats.calls;
-  stats.wire_floor_bytes +=
-      floor_bytes(Phase::kDispatch, *dispatch_plan_, wire_dtype(config_.wire_dtype, dispatch_request_.dtype));
+  stats.wire_floor_bytes += floor_bytes(Phase::kDispatch, *dispatch_plan_, dispatch_wire_);
   stats.seconds += monotonic_s() - begin;
   dispatch_plan_.reset();
   dispatch_request_ = {};
@@ -411,7 +424,8 @@ void Group::combine(const CombineRequest& request) {
   MOE_EFA_CHECK(!dispatch_, "combine() inside a dispatch");
   MOE_EFA_CHECK(request.plan && request.plan->complete, "combine() needs the plan of a finished dispatch");
   double begin = monotonic_s();
-  proto::DType wire = wire_dtype(config_.combine_dtype, request.dtype);
+  proto::DType wire =
+      resolve_dtype(request.gradient ? config_.grad_combine_dtype : config_.combine_dtype, request.dtype);
   prefer_huge_pages(request.out,
                     std::uint64_t{request.plan->num_tokens} * config_.hidden_size * proto::dtype_bytes(request.dtype));
   kernels::cpu::CombineCall call(context(), {request.y, request.dtype, wire, request.plan, request.weights,

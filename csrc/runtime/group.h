@@ -38,6 +38,8 @@ struct DispatchRequest {
   const float* topk_weights = nullptr;     // fresh
   std::uint32_t expert_alignment = 1;
   std::shared_ptr<kernels::Plan> plan;  // a replay
+  bool gradient = false;                // x is one: sent in grad_wire_dtype
+  bool fp8_output = false;              // hand the rows of an FP8 wire through
 };
 
 struct CombineRequest {
@@ -48,6 +50,7 @@ struct CombineRequest {
   const float* weights = nullptr;
   const float* weight_grads = nullptr;
   float* topk_weight_grads = nullptr;
+  bool gradient = false;  // y is one: sent in grad_combine_dtype
 };
 
 struct PhaseStats {
@@ -88,7 +91,7 @@ class Group {
 
   // A dispatch is two calls, since the caller allocates the output once the sizes are known.
   std::shared_ptr<kernels::Plan> dispatch_begin(const DispatchRequest& request);
-  void dispatch_finish(void* out, float* weights);
+  void dispatch_finish(const kernels::DispatchOutput& output);
   void combine(const CombineRequest& request);
 
   // Fails the group on every rank. The blame is on this rank, unless the caller knows better.
@@ -115,7 +118,6 @@ class Group {
   common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
   std::vector<std::uint32_t> neighbours() const;
   std::uint64_t floor_bytes(proto::Phase phase, const kernels::Plan& plan, proto::DType dtype) const;
-  proto::DType wire_dtype(const std::string& configured, proto::DType tensor) const;
   kernels::CallContext context();
 
   GroupConfig config_;
@@ -142,6 +144,7 @@ class Group {
   std::optional<kernels::cpu::DispatchCall> dispatch_;
   DispatchRequest dispatch_request_;
   std::shared_ptr<kernels::Plan> dispatch_plan_;
+  proto::DType dispatch_wire_ = proto::DType::kBf16, dispatch_out_ = proto::DType::kBf16;
   PhaseStats phase_stats_[proto::kNumPhases];
   std::vector<transport::Liveness::Peer> peers_;
   bool connected_ = false, met_ = false, started_ = false, closed_ = false;

@@ -69,8 +69,10 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
   layout.experts_per_rank = rng.chance(0.2) ? rng.between(8, 24) : rng.between(1, 4);
   layout.top_k = rng.between(1, 6);
   layout.hidden_size = rng.between(1, 40);
-  layout.dispatch_dtype = rng.chance(0.5) ? DType::kBf16 : DType::kFp32;
-  layout.combine_dtype = rng.chance(0.5) ? DType::kBf16 : DType::kFp32;
+  DType dispatch_dtype = rng.chance(0.5) ? DType::kBf16 : DType::kFp32;
+  DType combine_dtype = rng.chance(0.5) ? DType::kBf16 : DType::kFp32;
+  layout.dispatch_dtypes = dispatch_dtype;
+  layout.combine_dtypes = combine_dtype;
   layout.chunk_rows = rng.between(1, 8);
   constexpr std::uint32_t kSlots[] = {1, 1, 2, 2, 3, 4, 5, 8, 9, 13};
   layout.slots = kSlots[rng.below(std::size(kSlots))];
@@ -112,7 +114,7 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
       call.plan = plans - 1 - static_cast<std::uint32_t>(script.chance(0.5) ? 0 : script.below(std::min(plans, 4u)));
       call.kind = script.chance(0.35) ? ScriptCall::Kind::kReplay : ScriptCall::Kind::kCombine;
     }
-    call.wire_dtype = pick(call.kind == ScriptCall::Kind::kCombine ? layout.combine_dtype : layout.dispatch_dtype);
+    call.wire_dtype = pick(call.kind == ScriptCall::Kind::kCombine ? combine_dtype : dispatch_dtype);
     call.weighted = script.chance(0.5);
     call.weight_grads = script.chance(0.4);
     world.script.push_back(call);

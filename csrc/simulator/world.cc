@@ -205,7 +205,8 @@ void World::start_call(RankWorld& rank) {
   rank.input =
       random_rows(work_.seed, rank.next_call, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
   rank.output_given = false;
-  kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype, rank.plans[call.plan]};
+  kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype, call.user_dtype,
+                             rank.plans[call.plan]};
   rank.dispatch = std::make_unique<DispatchCall>(context, args);
 }
 

@@ -77,6 +77,8 @@ class Case:
     weighted: bool = True
     wire_dtype: str = "auto"
     combine_dtype: str = "auto"
+    grad_wire_dtype: str = "auto"
+    fp8_scale: str = "fp32"
     chunk_rows: int = 0
     slots: int = 0
 
@@ -90,6 +92,8 @@ class Case:
         parts += [] if self.weighted else ["unweighted"]
         parts += [f"wire-{self.wire_dtype}"] if self.wire_dtype != "auto" else []
         parts += [f"combine-{self.combine_dtype}"] if self.combine_dtype != "auto" else []
+        parts += [f"grad-{self.grad_wire_dtype}"] if self.grad_wire_dtype != "auto" else []
+        parts += [self.fp8_scale] if self.fp8_scale != "fp32" else []
         parts += [f"chunk{self.chunk_rows}"] if self.chunk_rows else []
         parts += [f"slots{self.slots}"] if self.slots else []
         return "-".join(parts)
@@ -107,8 +111,23 @@ class Case:
             max_tokens_per_rank=max(1, self.tokens),
             wire_dtype=self.wire_dtype,
             combine_dtype=self.combine_dtype,
+            grad_wire_dtype=self.grad_wire_dtype,
+            fp8_scale=self.fp8_scale,
             chunk_rows=self.chunk_rows,
             slots=self.slots,
+        )
+
+    @property
+    def config(self) -> moe_efa.ExpertParallelConfig:
+        return moe_efa.ExpertParallelConfig(
+            num_experts=self.num_experts,
+            hidden_size=self.hidden_size,
+            top_k=self.top_k,
+            max_tokens_per_rank=max(1, self.tokens),
+            wire_dtype=self.wire_dtype,
+            combine_dtype=self.combine_dtype,
+            grad_wire_dtype=self.grad_wire_dtype,
+            fp8_scale=self.fp8_scale,
         )
 
 
@@ -142,18 +161,37 @@ class World:
         self.grad_weights = [torch.randn(len(rows), generator=generator) for rows in self.plan.rows]
 
     def expected(self, rank: int) -> dict[str, torch.Tensor]:
-        case = self.case
-        sums = {"node_size": case.setting.node_size, "combine_dtype": case.combine_dtype}
-        received = reference.dispatch(self.x, self.topk_weights, self.plan, wire_dtype=case.wire_dtype)
+        case, config = self.case, self.case.config
+        scale = case.fp8_scale
+        received = reference.dispatch(self.x, self.topk_weights, self.plan, wire_dtype=case.wire_dtype, fp8_scale=scale)
         weights = [d.weights for d in received] if case.weighted else None
-        out = reference.combine(self.y, self.plan, weights=weights, **sums)
+        out = reference.combine(
+            self.y,
+            self.plan,
+            weights=weights,
+            node_size=case.setting.node_size,
+            combine_dtype=case.combine_dtype,
+            fp8_scale=scale,
+        )
         grad_y, grad_w = reference.combine_backward(
-            self.grad_out, self.y, self.plan, weights=weights, wire_dtype=case.wire_dtype
+            self.grad_out,
+            self.y,
+            self.plan,
+            weights=weights,
+            wire_dtype=config.grad_dispatch_dtype,
+            fp8_scale=scale,
         )
         grad_weights = self.grad_weights
         if grad_w is not None:  # d.weights got a gradient of its own and one from combine
             grad_weights = [a + b for a, b in zip(grad_weights, grad_w, strict=True)]
-        grad_x, grad_topk_weights = reference.dispatch_backward(self.grad_rows, grad_weights, self.plan, **sums)
+        grad_x, grad_topk_weights = reference.dispatch_backward(
+            self.grad_rows,
+            grad_weights,
+            self.plan,
+            node_size=case.setting.node_size,
+            combine_dtype=config.grad_combine_dtype,
+            fp8_scale=scale,
+        )
         assert grad_topk_weights is not None
         return {
             "d.x": received[rank].x,
@@ -230,8 +268,23 @@ def grid() -> list[Case]:
             Case(setting, dtype="fp32", weighted=False, combine_dtype="bf16", wire_dtype="bf16"),
             Case(setting, dtype="bf16", pattern="duplicates", combine_dtype="fp32", chunk_rows=4, slots=2),
         ]
+    fp8 = {"wire_dtype": "fp8", "combine_dtype": "fp8"}
+    for setting in itertools.chain.from_iterable(settings_of(num_ranks) for num_ranks in (1, 2, 4)):
+        cases += [
+            Case(setting, dtype="bf16", hidden_size=200, uneven=True, drop_fraction=0.2, alignment=8, **fp8),
+            Case(setting, dtype="fp32", hidden_size=40, grad_wire_dtype="fp8", fp8_scale="ue8m0", **fp8),
+        ]
     for setting in settings_of(4):
         cases += [
+            Case(setting, hidden_size=256, wire_dtype="fp8", combine_dtype="bf16"),
+            Case(setting, hidden_size=130, dtype="fp32", wire_dtype="fp8", combine_dtype="fp32", fp8_scale="ue8m0"),
+            Case(setting, hidden_size=128, combine_dtype="fp8", grad_wire_dtype="bf16", dtype="fp32", weighted=False),
+            Case(setting, hidden_size=700, top_k=8, pattern="duplicates", grad_wire_dtype="fp8", slots=2, **fp8),
+            Case(setting, hidden_size=7, wire_dtype="bf16", grad_wire_dtype="fp8", chunk_rows=4, slots=2),
+            Case(setting, tokens=0, **fp8),
+            Case(setting, pattern="nothing", **fp8),
+            Case(setting, pattern="one_expert", alignment=16, hidden_size=1, **fp8),
+            Case(setting, tokens=37, hidden_size=513, uneven=True, chunk_rows=8, slots=2, grad_wire_dtype="fp8", **fp8),
             Case(setting, tokens=64, hidden_size=512, dtype="bf16", top_k=8, pattern="skewed", alignment=16),
             Case(setting, tokens=0),
             Case(setting, pattern="nothing", dtype="fp32"),

@@ -41,12 +41,10 @@ def test_a_valid_configuration_is_frozen_comparable_and_hashable():
         ({"timeout_s": 0.0}, "timeout_s must be a positive, finite number"),
         ({"timeout_s": float("inf")}, "timeout_s must be a positive, finite number"),
         ({"heartbeat_timeout_s": "20"}, "heartbeat_timeout_s must be a positive, finite number"),
-        ({"wire_dtype": "fp16"}, "wire_dtype='fp16' is unknown; use one of auto, bf16, fp32"),
-        ({"wire_dtype": "fp8"}, "wire_dtype='fp8' is not available in this version"),
-        ({"combine_dtype": "fp8"}, "combine_dtype='fp8' is not available in this version"),
-        ({"grad_wire_dtype": "fp8"}, "grad_wire_dtype='fp8' is not available in this version"),
-        ({"grad_wire_dtype": "bf16"}, "grad_wire_dtype='bf16' with wire_dtype='auto' is not available"),
-        ({"fp8_scale": "ue8m0"}, "fp8_scale='ue8m0' is not available in this version"),
+        ({"wire_dtype": "fp16"}, "wire_dtype='fp16' is unknown; use one of auto, bf16, fp32, fp8"),
+        ({"combine_dtype": "e4m3"}, "combine_dtype='e4m3' is unknown; use one of auto, bf16, fp32, fp8"),
+        ({"grad_wire_dtype": None}, "grad_wire_dtype=None is unknown; use one of auto, bf16, fp32, fp8"),
+        ({"fp8_scale": "e8m0"}, "fp8_scale='e8m0' is unknown; use one of fp32, ue8m0"),
         ({"transport": "tcp"}, "transport='tcp' is unknown; use one of auto, shm, libfabric"),
         ({"provider": ""}, "provider must be the name of a libfabric provider"),
         ({"chunk_rows": -1}, "chunk_rows must be at least 0"),
@@ -59,8 +57,23 @@ def test_values_that_cannot_work(changes, text):
     assert text in str(error.value)
 
 
-def test_the_same_word_for_gradients_is_accepted():
-    assert make(wire_dtype="bf16", grad_wire_dtype="bf16").grad_wire_dtype == "bf16"
+@pytest.mark.parametrize(
+    ("wire", "combine", "grad", "expected"),
+    [
+        ("auto", "auto", "auto", ("auto", "auto")),
+        ("bf16", "fp32", "auto", ("bf16", "fp32")),  # as the values
+        ("fp8", "fp8", "auto", ("auto", "auto")),  # their own dtype: nothing makes a gradient FP8 by itself
+        ("fp8", "bf16", "auto", ("auto", "bf16")),
+        ("bf16", "fp8", "auto", ("bf16", "auto")),
+        ("fp8", "fp8", "bf16", ("bf16", "bf16")),
+        ("fp8", "fp8", "fp8", ("fp8", "fp8")),
+        ("bf16", "fp32", "fp8", ("fp8", "fp32")),  # a combine that is not FP8 forward is not FP8 backward
+        ("auto", "auto", "fp32", ("fp32", "auto")),
+    ],
+)
+def test_what_gradients_travel_in(wire, combine, grad, expected):
+    config = make(wire_dtype=wire, combine_dtype=combine, grad_wire_dtype=grad)
+    assert (config.grad_dispatch_dtype, config.grad_combine_dtype) == expected
 
 
 def test_experts_must_divide_among_the_ranks():

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import BLOCK_SIZE, FP8_MAX, MIN_SCALE
+from .reference import BLOCK_SIZE, FP8_MAX, MIN_SCALE, SCALE_FORMATS
 
-SCALE_FORMATS = ("fp32", "ue8m0")
 # 16 elements a thread: two 16-byte loads of bf16, one 16-byte store of FP8.
 BLOCKS_PER_PROGRAM = 16
 NUM_WARPS = 4

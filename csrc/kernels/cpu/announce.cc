@@ -24,7 +24,8 @@ namespace {
     bool replay = (flags & proto::kFlagReplay) != 0;
     bool grads = (flags & proto::kFlagWeightGrads) != 0;
     text << proto::phase_name(phase) << " epoch " << epoch << (replay ? ", replaying" : ", of") << " plan " << plan
-         << (grads ? " with weight gradients" : "") << " in " << (dtype == 0 ? "bf16" : "fp32") << " as call " << call;
+         << (grads ? " with weight gradients" : "") << " in " << proto::dtype_name(static_cast<proto::DType>(dtype))
+         << " as call " << call;
   };
   std::ostringstream text;
   text << "ranks issued different calls: rank " << context.view.topology.rank << " is in ";

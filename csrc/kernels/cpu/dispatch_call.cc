@@ -238,11 +238,15 @@ void DispatchCall::set_output(const DispatchOutput& output) {
   const Plan& plan = *args_.plan;
   output_ = output;
   output_set_ = true;
-  std::uint64_t stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args_.x_dtype);
+  std::uint64_t stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args_.out_dtype);
   for (std::uint32_t expert = 0; expert < config.experts_per_rank; ++expert) {
     std::int64_t begin = plan.offsets[expert] + plan.tokens_per_expert[expert], end = plan.offsets[expert + 1];
     if (begin == end) continue;
     std::memset(static_cast<std::byte*>(output.x) + begin * stride, 0, (end - begin) * stride);
+    if (args_.out_dtype == proto::DType::kFp8) {
+      std::uint32_t blocks = proto::fp8_blocks(config.hidden_size);
+      std::fill(output.scales + begin * blocks, output.scales + end * blocks, 1.0f);
+    }
     if (!replay_) std::memset(output.weights + begin, 0, (end - begin) * sizeof(float));
   }
 }
@@ -289,7 +293,7 @@ bool DispatchCall::step_pull() {
     std::uint64_t seq = ring.first_seq + item.chunk;
     std::size_t source =
         std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
-    pull_chunk({args_.plan.get(), &output_, args_.x_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
+    pull_chunk({args_.plan.get(), &output_, args_.out_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
                 own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
                 expert_counts_.data() + source, expert_base_.data() + source},
                view);

@@ -15,6 +15,8 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
   std::uint32_t first = facts.first_row(args.chunk), num_rows = facts.rows_in(args.chunk);
   bool grads = combine.weight_grads != nullptr;
   std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, combine.wire_dtype);
+  proto::DType publish_dtype = proto::publish_dtype(combine.wire_dtype);
+  std::uint64_t published_row_bytes = proto::hidden_row_bytes(config.hidden_size, publish_dtype);
 
   proto::ChunkHeader header{};
   header.magic = proto::kChunkMagic;
@@ -44,16 +46,16 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
     float sum[proto::kMaxTopK] = {};
     for (std::uint64_t mask = combine.plan->mask(args.source_node, first + row); mask != 0; mask &= mask - 1) {
       const std::byte* base = published[std::countr_zero(mask)];
-      rows[count++] = base + row * row_bytes;
+      rows[count++] = base + row * published_row_bytes;
       if (grads) {  // each position has one owner; the others hold zeros
         float part[proto::kMaxTopK];
-        std::memcpy(part, base + num_rows * row_bytes + std::size_t{row} * config.top_k * sizeof(float),
+        std::memcpy(part, base + num_rows * published_row_bytes + std::size_t{row} * config.top_k * sizeof(float),
                     config.top_k * sizeof(float));
         for (std::uint32_t k = 0; k < config.top_k; ++k) sum[k] += part[k];
       }
     }
-    sum_rows(
-        {hidden + row * row_bytes, combine.wire_dtype, rows, nullptr, count, combine.wire_dtype, config.hidden_size});
+    sum_rows({hidden + row * row_bytes, combine.wire_dtype, rows, nullptr, count, publish_dtype, config.hidden_size,
+              config.fp8_scale});
     if (grads)
       std::memcpy(out_grads + std::size_t{row} * config.top_k * sizeof(float), sum, config.top_k * sizeof(float));
   }

@@ -47,7 +47,7 @@ std::uint32_t pack_chunk(const PackArgs& args, const proto::NodeView& view) {
   std::uint64_t x_stride = std::uint64_t{hidden_size} * proto::dtype_bytes(dispatch.x_dtype);
   for (std::uint32_t i = 0; i < rows; ++i) {
     convert_row(hidden + i * row_bytes, dispatch.wire_dtype, x + send.row_token[first + i] * x_stride, dispatch.x_dtype,
-                hidden_size);
+                hidden_size, view.layout.config().fp8_scale);
   }
   return header.total_bytes;
 }

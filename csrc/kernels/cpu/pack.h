@@ -1,4 +1,5 @@
-// pack: one chunk of a rank's tokens, header, metadata and rows, into a slot; converts to the wire's dtype.
+// pack: one chunk of a rank's tokens, header, metadata and rows, into a slot; converts to the wire's dtype, which
+// for FP8 means that a row is quantized once for every node it goes to.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,8 @@ void publish_chunk(const PublishArgs& args, const proto::NodeView& view) {
   const proto::LayoutConfig& config = view.layout.config();
   std::size_t ring = std::size_t{args.source_local} * config.num_nodes + args.source_node;
   const std::vector<PullEntry>& pulls = combine.plan->pulls[ring][args.chunk];
-  std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, combine.wire_dtype);
+  proto::DType publish_dtype = proto::publish_dtype(combine.wire_dtype);
+  std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, publish_dtype);
   std::uint64_t y_stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(combine.y_dtype);
   const auto* y = static_cast<const std::byte*>(combine.y);
   std::byte* grads = args.slot + combine.plan->rings[ring].rows_in(args.chunk) * row_bytes;
@@ -28,8 +29,8 @@ void publish_chunk(const PublishArgs& args, const proto::NodeView& view) {
       if (combine.weights != nullptr) weights[count] = combine.weights[out_row];
       if (combine.weight_grads != nullptr) weight_grads[pulls[begin].topk_pos()] = combine.weight_grads[out_row];
     }
-    sum_rows({args.slot + row * row_bytes, combine.wire_dtype, rows, combine.weights != nullptr ? weights : nullptr,
-              count, combine.y_dtype, config.hidden_size});
+    sum_rows({args.slot + row * row_bytes, publish_dtype, rows, combine.weights != nullptr ? weights : nullptr, count,
+              combine.y_dtype, config.hidden_size, config.fp8_scale});
     if (combine.weight_grads != nullptr) {
       std::memcpy(grads + std::size_t{row} * config.top_k * sizeof(float), weight_grads, config.top_k * sizeof(float));
     }

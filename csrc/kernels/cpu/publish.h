@@ -1,5 +1,5 @@
 // publish: an expert rank's contribution to one chunk of a source: per row, the sum over its own experts in
-// (expert, top-k position) order, rounded to the combine dtype, and the gradients of the weights.
+// (expert, top-k position) order, rounded to the publish dtype, and the gradients of the weights.
 #pragma once
 
 #include <cstdint>

@@ -2,7 +2,9 @@
 
 #include <cstring>
 #include <sstream>
+#include <vector>
 
+#include "common/check.h"
 #include "common/status.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/stream.h"
@@ -78,23 +80,40 @@ void pull_chunk(const PullArgs& args, const proto::NodeView& view) {
       header.dtype != static_cast<std::uint32_t>(args.wire_dtype)) {
     reject(args, view, "flags or dtype differ from the announced ones");
   }
+  bool hand_through = args.out_dtype == proto::DType::kFp8;
+  MOE_EFA_CHECK(!hand_through || args.wire_dtype == proto::DType::kFp8,
+                "only an FP8 wire has FP8 rows to hand through");
   if (!args.replay) read_metadata(args, view, header);
 
   std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, args.wire_dtype);
-  std::uint64_t out_stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args.x_dtype);
+  std::uint64_t out_stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args.out_dtype);
   const std::byte* hidden = args.slot + proto::chunk_hidden_offset(args.replay, header.rows, header.num_entries);
   auto* out = static_cast<std::byte*>(args.output->x);
-  if (args.output->stream && args.x_dtype == args.wire_dtype) {
-    for (const PullEntry& pull : plan.pulls[ring][args.chunk]) {
-      stream_copy(out + pull.out_row * out_stride, hidden + pull.row() * row_bytes, out_stride);
-    }
-    stream_fence();
-    return;
-  }
+  std::uint32_t blocks = proto::fp8_blocks(config.hidden_size);
+  bool converts = !hand_through && args.out_dtype != args.wire_dtype;
+  std::vector<std::byte> converted(converts ? out_stride : 0);
+  std::uint32_t converted_row = ~0u;  // one token, several experts: converted once
   for (const PullEntry& pull : plan.pulls[ring][args.chunk]) {
-    convert_row(out + pull.out_row * out_stride, args.x_dtype, hidden + pull.row() * row_bytes, args.wire_dtype,
-                config.hidden_size);
+    std::byte* to = out + pull.out_row * out_stride;
+    const std::byte* row = hidden + pull.row() * row_bytes;
+    if (hand_through) {
+      std::memcpy(args.output->scales + std::size_t{pull.out_row} * blocks,
+                  row + proto::fp8_scales_offset(config.hidden_size), blocks * sizeof(float));
+    }
+    if (converts) {
+      if (converted_row != pull.row()) {
+        convert_row(converted.data(), args.out_dtype, row, args.wire_dtype, config.hidden_size, config.fp8_scale);
+      }
+      converted_row = pull.row();
+      row = converted.data();
+    }
+    if (args.output->stream) {
+      stream_copy(to, row, out_stride);
+    } else {
+      std::memcpy(to, row, out_stride);
+    }
   }
+  stream_fence();
 }
 
 }  // namespace moe_efa::kernels::cpu

@@ -12,7 +12,7 @@ namespace moe_efa::kernels::cpu {
 struct PullArgs {
   Plan* plan = nullptr;
   const DispatchOutput* output = nullptr;
-  proto::DType x_dtype = proto::DType::kBf16;     // of the output
+  proto::DType out_dtype = proto::DType::kBf16;   // FP8: the wire's rows, handed through
   proto::DType wire_dtype = proto::DType::kBf16;  // announced by the source
   std::uint32_t source_local = 0;                 // source rank = (source_node, source_local)
   std::uint32_t source_node = 0;

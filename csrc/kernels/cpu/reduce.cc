@@ -51,7 +51,7 @@ void reduce_tokens(const ReduceArgs& args, const proto::NodeView& view) {
       }
     }
     sum_rows({out + token * out_stride, combine.y_dtype, rows.data(), nullptr, count, combine.wire_dtype,
-              config.hidden_size});
+              config.hidden_size, config.fp8_scale});
     if (grads) {
       std::memcpy(combine.topk_weight_grads + std::size_t{token} * config.top_k, sum, config.top_k * sizeof(float));
     }

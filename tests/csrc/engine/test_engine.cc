@@ -340,7 +340,7 @@ TEST_CASE("every-field-of-a-header-is-checked") {
       {"contradicts its immediate", [](proto::ChunkHeader& h) { h.source_rank = 0; }, 0},
       {"epoch contradicts", [](proto::ChunkHeader& h) { h.epoch = 1; }, 1},
       {"stale or future", [](proto::ChunkHeader& h) { h.epoch = 16; }, 16},
-      {"unknown dtype", [](proto::ChunkHeader& h) { h.dtype = 2; }, 0},
+      {"unknown dtype", [](proto::ChunkHeader& h) { h.dtype = 3; }, 0},
       {"out of range", [](proto::ChunkHeader& h) { h.rows = 0; }, 0},
       {"out of range", [](proto::ChunkHeader& h) { h.rows = 5; }, 0},
       {"out of range", [](proto::ChunkHeader& h) { h.num_entries = 5; }, 0},

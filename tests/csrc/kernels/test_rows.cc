@@ -92,13 +92,13 @@ TEST_CASE("convert-row-agrees-with-the-scalar-conversion") {
   for (std::uint32_t hidden : {1u, 3u, 16u, 31u, 1025u}) {
     std::vector<float> from = values_with_specials(hidden, hidden);
     std::vector<std::uint16_t> half(hidden, 1);
-    kernels::cpu::convert_row(half.data(), DType::kBf16, from.data(), DType::kFp32, hidden);
+    kernels::cpu::convert_row(half.data(), DType::kBf16, from.data(), DType::kFp32, hidden, proto::Fp8Scale::kFp32);
     for (std::uint32_t i = 0; i < hidden; ++i) REQUIRE(half[i] == naive_bf16(from[i]));
     std::vector<float> back(hidden, 1);
-    kernels::cpu::convert_row(back.data(), DType::kFp32, half.data(), DType::kBf16, hidden);
+    kernels::cpu::convert_row(back.data(), DType::kFp32, half.data(), DType::kBf16, hidden, proto::Fp8Scale::kFp32);
     for (std::uint32_t i = 0; i < hidden; ++i) REQUIRE(float_to_bits(back[i]) == std::uint32_t{half[i]} << 16);
     std::vector<float> copy(hidden, 1);
-    kernels::cpu::convert_row(copy.data(), DType::kFp32, from.data(), DType::kFp32, hidden);
+    kernels::cpu::convert_row(copy.data(), DType::kFp32, from.data(), DType::kFp32, hidden, proto::Fp8Scale::kFp32);
     CHECK(std::memcmp(copy.data(), from.data(), hidden * 4) == 0);  // a move keeps every bit, of NaN too
   }
 }
@@ -114,13 +114,14 @@ TEST_CASE("sum-rows-is-the-fixed-order-sum-bitwise") {
             for (std::uint32_t r = 0; r < num_rows; ++r) {
               std::vector<float> values = values_with_specials(hidden, hidden * 10 + r);
               rows.emplace_back(hidden * proto::dtype_bytes(src));
-              kernels::cpu::convert_row(rows.back().data(), src, values.data(), DType::kFp32, hidden);
+              kernels::cpu::convert_row(rows.back().data(), src, values.data(), DType::kFp32, hidden,
+                                        proto::Fp8Scale::kFp32);
             }
             for (const auto& row : rows) pointers.push_back(row.data());
             std::vector<float> weights = {0.1f, -3.7f, 1e20f, 0.0f, 2.0f};
             std::vector<std::byte> out(hidden * proto::dtype_bytes(dst), std::byte{0xCD});
-            kernels::cpu::sum_rows(
-                {out.data(), dst, pointers.data(), weighted ? weights.data() : nullptr, num_rows, src, hidden});
+            kernels::cpu::sum_rows({out.data(), dst, pointers.data(), weighted ? weights.data() : nullptr, num_rows,
+                                    src, hidden, proto::Fp8Scale::kFp32});
             for (std::uint32_t i = 0; i < hidden; ++i) {
               float sum = 0;
               std::uint16_t copied = 0;

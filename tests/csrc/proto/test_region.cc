@@ -53,7 +53,7 @@ std::vector<Extent> all_extents(const RegionLayout& layout) {
     for (std::uint32_t mate = 0; mate < config.node_size; ++mate) {
       take(layout.published(mate, node), 8, "published");
       for (std::uint64_t seq = 0; seq < config.publish_slots; ++seq) {
-        take(layout.publish_slot(mate, node, seq), layout.slot_bytes(Phase::kCombine), "publish slot");
+        take(layout.publish_slot(mate, node, seq), layout.publish_slot_bytes(), "publish slot");
       }
     }
   }
@@ -92,7 +92,7 @@ TEST_CASE("region-has-no-overlaps") {
         config.experts_per_rank = 1 + slots * 5;
         config.top_k = 3;
         config.hidden_size = 9 * slots;
-        config.combine_dtype = DType::kBf16;
+        config.combine_dtypes = DType::kBf16;
         config.chunk_rows = 4 + slots;
         config.slots = slots;
         config.own_slots = 8 - slots;
@@ -118,21 +118,41 @@ TEST_CASE("region-slots-repeat-after-s") {
 }
 
 TEST_CASE("the-largest-chunk-fits-its-slot") {
-  for (DType dtype : {DType::kBf16, DType::kFp32}) {
-    for (std::uint32_t hidden : {1u, 7u, 8u, 40u}) {
+  const DTypeSet sets[] = {DType::kBf16, DType::kFp32, DType::kFp8, DTypeSet(DType::kFp8) | DType::kBf16,
+                           DTypeSet(DType::kFp8) | DType::kBf16 | DType::kFp32};
+  for (DTypeSet dtypes : sets) {
+    for (std::uint32_t hidden : {1u, 7u, 8u, 40u, 128u, 129u, 1000u}) {
       LayoutConfig config;
       config.top_k = 5;
       config.hidden_size = hidden;
       config.chunk_rows = 7;
-      config.dispatch_dtype = config.combine_dtype = dtype;
+      config.dispatch_dtypes = config.combine_dtypes = dtypes;
       RegionLayout layout(config, 0);
-      std::uint64_t row = hidden_row_bytes(hidden, dtype);
-      CHECK(row % 16 == 0);
-      CHECK(dispatch_chunk_bytes(false, 7, 35, row) <= layout.slot_bytes(Phase::kDispatch));
-      CHECK(dispatch_chunk_bytes(true, 7, 0, row) <= layout.slot_bytes(Phase::kDispatch));
-      CHECK(combine_chunk_bytes(true, 7, 5, row) <= layout.slot_bytes(Phase::kCombine));
+      for (DType dtype : {DType::kBf16, DType::kFp32, DType::kFp8}) {
+        if (!dtypes.has(dtype)) continue;
+        std::uint64_t row = hidden_row_bytes(hidden, dtype);
+        CHECK(row % 16 == 0);
+        CHECK(row >= dense_row_bytes(hidden, dtype));
+        CHECK(dispatch_chunk_bytes(false, 7, 35, row) <= layout.slot_bytes(Phase::kDispatch));
+        CHECK(dispatch_chunk_bytes(true, 7, 0, row) <= layout.slot_bytes(Phase::kDispatch));
+        CHECK(combine_chunk_bytes(true, 7, 5, row) <= layout.slot_bytes(Phase::kCombine));
+        std::uint64_t published = hidden_row_bytes(hidden, publish_dtype(dtype));
+        CHECK(publish_chunk_bytes(true, 7, 5, published) <= layout.publish_slot_bytes());
+      }
     }
   }
+}
+
+TEST_CASE("an-fp8-row-is-codes-then-scales-each-padded-to-16-bytes") {
+  CHECK(hidden_row_bytes(1, DType::kFp8) == 16 + 16);
+  CHECK(hidden_row_bytes(200, DType::kFp8) == 208 + 16);
+  CHECK(fp8_scales_offset(200) == 208);
+  CHECK(fp8_blocks(128) == 1);
+  CHECK(fp8_blocks(129) == 2);
+  CHECK(hidden_row_bytes(7168, DType::kFp8) == 7168 + 224);
+  CHECK(dense_row_bytes(7168, DType::kFp8) == 7392);
+  CHECK(dense_row_bytes(200, DType::kFp8) == 208);
+  CHECK(dense_row_bytes(200, DType::kBf16) == 400);
 }
 
 TEST_CASE("rows-per-chunk-stays-between-eight-and-chunk-rows") {

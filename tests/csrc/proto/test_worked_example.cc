@@ -14,6 +14,7 @@
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/cpu/rows.h"
 #include "kernels/row_math.h"
 
 using namespace moe_efa;
@@ -97,12 +98,19 @@ TEST_CASE("the counts record that rank 0 writes to rank 1") {
 
 TEST_CASE("the dispatch chunk that rank 0 writes to rank 1") {
   Example e;
-  kernels::DispatchArgs args{e.x.data(), proto::DType::kBf16, proto::DType::kBf16, e.plan};
+  kernels::DispatchArgs args{e.x.data(), proto::DType::kBf16, proto::DType::kBf16, proto::DType::kBf16, e.plan};
   std::vector<std::byte> slot(e.view.layout.slot_bytes(proto::Phase::kDispatch));
   std::uint32_t bytes = kernels::cpu::pack_chunk({&args, 1, 0, 0, 0, slot.data()}, e.view);
   CHECK(bytes == 160);
   CHECK(hex_of(slot.data(), bytes) == documented("dispatch chunk"));
   CHECK(proto::Imm::make(proto::ImmKind::kDispatchChunk, true, 0, 0, 0).encode() == 0x30000000u);
+}
+
+TEST_CASE("the fp8 row of token 0") {
+  Example e;
+  std::vector<std::byte> row(proto::hidden_row_bytes(4, proto::DType::kFp8));
+  kernels::cpu::convert_row(row.data(), proto::DType::kFp8, e.x.data(), proto::DType::kBf16, 4, proto::Fp8Scale::kFp32);
+  CHECK(hex_of(row.data(), row.size()) == documented("fp8 row"));
 }
 
 TEST_CASE("the combine chunk that rank 1 writes to rank 0") {
