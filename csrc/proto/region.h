@@ -74,7 +74,7 @@ class RegionLayout {
     counts_ = take(kNumPhases * 2 * nodes * counts_bytes_);
     counts_send_ = take(kNumPhases * 2 * nodes * counts_bytes_);
     ring_[0] = take(ring_slots * dispatch_slot_bytes_);
-    ring_[1] = take(ring_slots * combine_slot_bytes_);
+    ring_[1] = take(remote_nodes == 0 ? 0 : ring_slots * combine_slot_bytes_);  // the only node has its sums at once
     send_[0] = take(std::uint64_t{remote_nodes} * config.slots * dispatch_slot_bytes_);
     send_[1] = take(std::uint64_t{remote_nodes} * config.slots * combine_slot_bytes_);
     publish_ = take(mates * nodes * config.publish_slots * publish_slot_bytes_);

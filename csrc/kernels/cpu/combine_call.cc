@@ -43,6 +43,11 @@ CombineCall::CombineCall(const CallContext& context, const CombineArgs& args) : 
   publish_base_ = state.combine_seen;
   receive_base_ = state.combine_received;
   for (std::size_t i = 0; i < num_rings; ++i) state.combine_seen[i] += args_.plan->rings[i].num_chunks;
+  // What this rank forwards itself is added up there.
+  std::uint32_t local = context_.view.topology.local_rank();
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    published_[ring_index(local, node)] = ring_facts(local, node).num_chunks;
+  }
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
     state.combine_received[node] += args_.plan->send[node].facts.num_chunks;
   }
@@ -87,8 +92,27 @@ bool CombineCall::begin() {
     first_seq.push_back(publish_base_[ring_index(view.topology.local_rank(), node)]);
   }
   announce(context_, own_, facts.data(), first_seq.data(), nullptr);
+  if (view.topology.num_nodes() == 1) clear_unsent();
   begun_ = true;
   return true;
+}
+
+// Where forward writes the results, nobody else writes those of tokens that selected nothing.
+void CombineCall::clear_unsent() {
+  const proto::LayoutConfig& config = context_.view.layout.config();
+  const std::vector<std::uint32_t>& sent = args_.plan->send[0].row_token;
+  std::uint64_t stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args_.y_dtype);
+  std::size_t row = 0;
+  for (std::uint32_t token = 0; token < args_.plan->num_tokens; ++token) {
+    if (row < sent.size() && sent[row] == token) {
+      ++row;
+      continue;
+    }
+    std::memset(static_cast<std::byte*>(args_.out) + token * stride, 0, stride);
+    if (args_.weight_grads != nullptr) {
+      std::memset(args_.topk_weight_grads + std::size_t{token} * config.top_k, 0, config.top_k * sizeof(float));
+    }
+  }
 }
 
 bool CombineCall::step_announcements() {
@@ -129,7 +153,7 @@ bool CombineCall::step_publish() {
   };
   std::vector<Item> items;
   std::size_t most = std::max<std::size_t>(mates * nodes, context_.executor.width());
-  for (std::uint32_t i = 0; i < mates; ++i) {
+  for (std::uint32_t i = 1; i < mates; ++i) {
     std::uint32_t local = (view.topology.local_rank() + i) % mates;
     for (std::uint32_t n = 1; n <= nodes; ++n) {
       std::uint32_t node = (view.topology.node() + n) % nodes;
@@ -187,11 +211,12 @@ bool CombineCall::step_forward() {
     const RingFacts& facts = ring_facts(local, node);
     std::uint64_t ready = ~0ull;
     for (std::uint32_t mate = 0; mate < view.topology.node_size; ++mate) {
+      if (mate == local) continue;
       ready = std::min(ready, load_acquire(view.word(mate, view.layout.published(local, node))));
     }
     for (std::uint32_t burst = 0; burst < 2 && forwarded_[node] < facts.num_chunks; ++burst) {
       std::uint64_t seq = publish_base_[ring_index(local, node)] + forwarded_[node];
-      if (seq >= ready || !slot_is_free(node, seq)) break;
+      if (seq >= ready || (nodes > 1 && !slot_is_free(node, seq))) break;
       items.push_back({node, forwarded_[node]++, seq, 0});
     }
   }
@@ -203,12 +228,18 @@ bool CombineCall::step_forward() {
   }
   context_.executor.run(items.size(), [&](std::size_t i) {
     Item& item = items[i];
+    if (nodes == 1) {
+      forward_to_output({&args_, item.node, item.chunk, item.seq, own_.epoch, nullptr}, view);
+      return;
+    }
     std::uint64_t offset = item.node == own_node ? view.layout.ring_slot(kPhase, own_node, item.seq)
                                                  : view.layout.send_slot(kPhase, item.node, item.seq);
     item.bytes = forward_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own() + offset}, view);
   });
   for (const Item& item : items) {
-    if (item.node == own_node) {
+    if (nodes == 1) {
+      // The result is where it belongs.
+    } else if (item.node == own_node) {
       // Publishes the chunk to this rank's own reduce.
       store_release(view.own_word(view.layout.arrived(kPhase, own_node, item.seq)), item.seq + 1);
     } else {
@@ -248,6 +279,11 @@ bool CombineCall::step_reduce() {
   const Plan& plan = *args_.plan;
   if (tokens_done_ == plan.num_tokens) return false;
   const proto::NodeView& view = context_.view;
+  if (view.topology.num_nodes() == 1) {  // forward wrote the results
+    received_[0] = forwarded_[0];
+    if (forwarded_[0] == plan.send[0].facts.num_chunks) tokens_done_ = plan.num_tokens;
+    return false;
+  }
   std::uint32_t nodes = view.topology.num_nodes();
   std::uint32_t limit = plan.num_tokens;  // tokens below have all their rows
   for (std::uint32_t node = 0; node < nodes; ++node) {
@@ -291,7 +327,7 @@ Waiting CombineCall::waiting() const {
     if (forwarded_[node] == ring_facts(local, node).num_chunks) continue;
     std::uint64_t seq = publish_base_[ring_index(local, node)] + forwarded_[node];
     for (std::uint32_t mate = 0; mate < view.topology.node_size; ++mate) {
-      if (load_acquire(view.word(mate, view.layout.published(local, node))) <= seq) {
+      if (mate != local && load_acquire(view.word(mate, view.layout.published(local, node))) <= seq) {
         return {static_cast<int>(view.topology.rank_of(view.topology.node(), mate)), static_cast<std::int64_t>(seq),
                 "to publish a chunk"};
       }

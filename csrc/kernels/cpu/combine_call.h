@@ -21,6 +21,7 @@ class CombineCall {
 
  private:
   bool begin();
+  void clear_unsent();
   bool step_announcements();
   bool step_publish();
   bool step_forward();

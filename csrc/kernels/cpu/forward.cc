@@ -1,22 +1,29 @@
 #include "kernels/cpu/forward.h"
 
-#include <bit>
 #include <cstring>
+#include <vector>
 
+#include "kernels/cpu/node_sums.h"
 #include "kernels/cpu/rows.h"
 
 namespace moe_efa::kernels::cpu {
 
+namespace {
+
+const RingFacts& ring_facts(const ForwardArgs& args, const proto::NodeView& view) {
+  return args.combine->plan
+      ->rings[std::size_t{view.topology.local_rank()} * view.topology.num_nodes() + args.source_node];
+}
+
+}  // namespace
+
 std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view) {
   const CombineArgs& combine = *args.combine;
   const proto::LayoutConfig& config = view.layout.config();
-  std::uint32_t local = view.topology.local_rank();
-  const RingFacts& facts = combine.plan->rings[std::size_t{local} * config.num_nodes + args.source_node];
-  std::uint32_t first = facts.first_row(args.chunk), num_rows = facts.rows_in(args.chunk);
+  const RingFacts& facts = ring_facts(args, view);
+  std::uint32_t num_rows = facts.rows_in(args.chunk);
   bool grads = combine.weight_grads != nullptr;
   std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, combine.wire_dtype);
-  proto::DType publish_dtype = proto::publish_dtype(combine.wire_dtype);
-  std::uint64_t published_row_bytes = proto::hidden_row_bytes(config.hidden_size, publish_dtype);
 
   proto::ChunkHeader header{};
   header.magic = proto::kChunkMagic;
@@ -30,36 +37,42 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
   header.seq = args.seq;
   header.plan_id = combine.plan->plan_id;
   header.rows = num_rows;
-  header.first_row = first;
+  header.first_row = facts.first_row(args.chunk);
   header.total_bytes = static_cast<std::uint32_t>(proto::combine_chunk_bytes(grads, num_rows, config.top_k, row_bytes));
   std::memcpy(args.slot, &header, sizeof(header));
 
-  const std::byte* published[kMaxNodeSize];
-  for (std::uint32_t mate = 0; mate < config.node_size; ++mate) {
-    published[mate] = view.region(mate) + view.layout.publish_slot(local, args.source_node, args.seq);
-  }
   std::byte* hidden = args.slot + sizeof(header);
   std::byte* out_grads = hidden + num_rows * row_bytes;
+  NodeSums sums(combine, view, args.source_node, args.chunk, args.seq);
   for (std::uint32_t row = 0; row < num_rows; ++row) {
-    const void* rows[kMaxNodeSize];
-    std::uint32_t count = 0;
-    float sum[proto::kMaxTopK] = {};
-    for (std::uint64_t mask = combine.plan->mask(args.source_node, first + row); mask != 0; mask &= mask - 1) {
-      const std::byte* base = published[std::countr_zero(mask)];
-      rows[count++] = base + row * published_row_bytes;
-      if (grads) {  // each position has one owner; the others hold zeros
-        float part[proto::kMaxTopK];
-        std::memcpy(part, base + num_rows * published_row_bytes + std::size_t{row} * config.top_k * sizeof(float),
-                    config.top_k * sizeof(float));
-        for (std::uint32_t k = 0; k < config.top_k; ++k) sum[k] += part[k];
-      }
+    float row_grads[proto::kMaxTopK];
+    sums.next(hidden + row * row_bytes, row_grads);
+    if (grads) {
+      std::memcpy(out_grads + std::size_t{row} * config.top_k * sizeof(float), row_grads, config.top_k * sizeof(float));
     }
-    sum_rows({hidden + row * row_bytes, combine.wire_dtype, rows, nullptr, count, publish_dtype, config.hidden_size,
-              config.fp8_scale});
-    if (grads)
-      std::memcpy(out_grads + std::size_t{row} * config.top_k * sizeof(float), sum, config.top_k * sizeof(float));
   }
   return header.total_bytes;
+}
+
+void forward_to_output(const ForwardArgs& args, const proto::NodeView& view) {
+  const CombineArgs& combine = *args.combine;
+  const proto::LayoutConfig& config = view.layout.config();
+  const RingFacts& facts = ring_facts(args, view);
+  std::uint64_t out_stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(combine.y_dtype);
+  bool converts = combine.wire_dtype != combine.y_dtype;
+  std::vector<std::byte> node_sum(converts ? proto::hidden_row_bytes(config.hidden_size, combine.wire_dtype) : 0);
+  NodeSums sums(combine, view, args.source_node, args.chunk, args.seq);
+  for (std::uint32_t row = 0; row < facts.rows_in(args.chunk); ++row) {
+    std::uint32_t token = combine.plan->send[args.source_node].row_token[facts.first_row(args.chunk) + row];
+    std::byte* out = static_cast<std::byte*>(combine.out) + token * out_stride;
+    float* out_grads = combine.weight_grads == nullptr
+                           ? nullptr
+                           : combine.topk_weight_grads + std::size_t{token} * config.top_k;
+    sums.next(converts ? node_sum.data() : out, out_grads);
+    if (converts) {
+      convert_row(out, combine.y_dtype, node_sum.data(), combine.wire_dtype, config.hidden_size, config.fp8_scale);
+    }
+  }
 }
 
 }  // namespace moe_efa::kernels::cpu

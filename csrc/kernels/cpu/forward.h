@@ -1,5 +1,5 @@
-// forward: one combine chunk for a source on this rank's rail: per row, the sum over the ranks of this node in rank
-// order, rounded to the combine dtype, into a send slot or the own ring.
+// forward: one combine chunk for a source on this rank's rail: per row, the sum over the ranks of this node, rounded to
+// the combine dtype, into a send slot or the own ring; where there is one node only, straight into the output.
 #pragma once
 
 #include <cstdint>
@@ -19,5 +19,8 @@ struct ForwardArgs {
 
 // Returns the bytes of the chunk.
 std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view);
+
+// The only node: its sums are the results (one term, one more rounding where y has another dtype). No slot is used.
+void forward_to_output(const ForwardArgs& args, const proto::NodeView& view);
 
 }  // namespace moe_efa::kernels::cpu
