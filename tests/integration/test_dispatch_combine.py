@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import moe_efa
 from moe_efa import ClosedError, ExpertParallel, TransportError, reference
+from moe_efa.quantization import dequantize_1x128
 from moe_efa.testing import assert_bitwise, spawn
 from moe_efa.testing.routing import PATTERNS, uneven_token_counts
 
@@ -367,6 +368,54 @@ def replay_with_a_handle(rank: int, group: dist.ProcessGroup, setting: Setting) 
     assert_bitwise(out, expected_out[rank], "combine of a replay")
 
 
+def fp8_rows_handed_through(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    """output="fp8": rows and scales as on the wire, fresh and replayed; the weights keep their gradient."""
+    for dtype, hidden_size, scale in (("bf16", 200, "fp32"), ("fp32", 40, "ue8m0")):
+        fp8 = {"wire_dtype": "fp8", "fp8_scale": scale}
+        case = Case(setting, dtype=dtype, hidden_size=hidden_size, drop_fraction=0.2, uneven=True, alignment=8, **fp8)
+        world = World(case)
+        for tokens in world.x:
+            tokens.view(-1)[:1] = NAN  # where there is a token: one block of NaN
+        expected = world.expected(rank)
+        codes, scales = reference.dispatch_fp8_rows(world.x, world.plan, fp8_scale=scale)[rank]
+        x, topk_idx = world.x[rank], world.topk_idx[rank]
+        topk_weights = world.topk_weights[rank].clone().requires_grad_()
+        with case.open(group) as ep, case.setting.open(group, hidden_size=hidden_size) as bf16:
+            if rank == 0:
+                leaf = x.clone().requires_grad_()
+                for wrong, tensor, output, text in (
+                    (ep, leaf, "fp8", "output='fp8' is for an x without gradient"),
+                    (ep, x, "e4m3", "output must be 'same' or 'fp8', not 'e4m3'"),
+                    (bf16, x, "fp8", "output='fp8' needs wire_dtype='fp8', not 'auto'"),
+                ):
+                    with pytest.raises(ValueError, match=text):
+                        wrong.dispatch(tensor, topk_idx, topk_weights, output=output)
+            d = ep.dispatch(x, topk_idx, topk_weights, expert_alignment=8, output="fp8")
+            zeros = ep.dispatch(torch.zeros_like(x), handle=d.handle, output="fp8")
+            with torch.no_grad():
+                again = ep.dispatch(x.clone().requires_grad_(), handle=d.handle, output="fp8")
+            same = ep.dispatch(x, handle=d.handle)
+            out = ep.combine(world.y[rank], d.handle)
+            torch.autograd.backward([out, d.weights], [world.grad_out[rank], world.grad_weights[rank]])
+        for got in (d, again):
+            assert got.x.dtype == torch.float8_e4m3fn
+            assert got.scales is not None
+            assert not got.x.requires_grad
+            assert_bitwise(got.x.view(torch.uint8), codes.view(torch.uint8), "codes")
+            assert_bitwise(got.scales, scales, "scales")
+            assert_bitwise(dequantize_1x128(got.x, got.scales, dtype=x.dtype), expected["d.x"], "values")
+        assert not zeros.x.view(torch.uint8).any()
+        assert zeros.scales is not None
+        assert bool((zeros.scales == 1).all())
+        assert same.scales is None
+        assert_bitwise(same.x, expected["d.x"])
+        assert_bitwise(d.weights.detach(), expected["d.weights"])
+        assert_bitwise(d.offsets, expected["d.offsets"])
+        assert_bitwise(out.detach(), expected["out"])
+        assert topk_weights.grad is not None
+        assert_bitwise(topk_weights.grad, expected["topk_weights.grad"])
+
+
 def objects_share_natives_of_equal_configuration(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
     with setting.open(group) as a, setting.open(group) as b, setting.open(group, hidden_size=24) as c:
         results = []
@@ -625,6 +674,7 @@ SCENARIOS: list[Callable[[int, dist.ProcessGroup, Setting], None]] = [
     many_rounds_wrap_the_epoch,
     handles_in_any_order,
     replay_with_a_handle,
+    fp8_rows_handed_through,
     objects_share_natives_of_equal_configuration,
     calls_from_another_thread,
     three_runs_are_bitwise_equal,
