@@ -670,6 +670,39 @@ def construction_errors_are_the_same_everywhere(rank: int, group: dist.ProcessGr
         ep.dispatch(*tensors_for(rank, ep, 0))
 
 
+def fp8_bytes_are_close_to_the_floor(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    tokens, hidden_size, num_experts, top_k = 1024, 4096, 32, 8
+    selections = [
+        PATTERNS["uniform"](tokens, num_experts, top_k, seed=source).topk_idx for source in range(setting.num_ranks)
+    ]
+    with setting.open(
+        group,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        top_k=top_k,
+        max_tokens_per_rank=tokens,
+        memory_budget_bytes=256 << 20,
+        wire_dtype="fp8",
+        combine_dtype="fp8",
+    ) as ep:
+        x = torch.ones(tokens, hidden_size, dtype=torch.bfloat16)
+        d = ep.dispatch(x, selections[rank], torch.ones(tokens, top_k), output="fp8")
+        ep.combine(torch.ones(d.x.shape, dtype=torch.bfloat16), d.handle)
+        stats = ep.stats()
+    num_nodes, own_node = setting.num_ranks // setting.node_size, rank // setting.node_size
+
+    def rows(source: int, node: int) -> int:  # tokens of a rank that select an expert of a node
+        return int((selections[source] // (num_experts // num_nodes) == node).any(1).sum())
+
+    others = [node for node in range(num_nodes) if node != own_node]
+    row_bytes = hidden_size + 4 * (hidden_size // 128)
+    sent = sum(rows(rank, node) for node in others) * row_bytes
+    returned = sum(rows(node * setting.node_size + rank % setting.node_size, own_node) for node in others) * row_bytes
+    for phase, floor in (("dispatch", sent), ("combine", returned)):
+        assert stats[phase]["wire_floor_bytes"] == floor
+        assert 1 <= stats[phase]["wire_bytes"] / floor <= 1.03, (phase, stats[phase])
+
+
 SCENARIOS: list[Callable[[int, dist.ProcessGroup, Setting], None]] = [
     many_rounds_wrap_the_epoch,
     handles_in_any_order,
@@ -705,6 +738,9 @@ def jobs() -> dict[str, Job]:
             if setting.node_size < num_ranks and setting.transport == "shm":
                 name = f"ep{num_ranks}-node{setting.node_size}-{results_do_not_depend_on_transport_or_chunks.__name__}"
                 out[name] = (name, results_do_not_depend_on_transport_or_chunks, (setting,))
+    place = Setting(4, 2, "shm")
+    name = f"{place.id}-{fp8_bytes_are_close_to_the_floor.__name__}"
+    out[name] = (name, fp8_bytes_are_close_to_the_floor, (place,))
     return out
 
 
