@@ -653,6 +653,10 @@ def construction_errors_are_the_same_everywhere(rank: int, group: dist.ProcessGr
             f"differ in hidden_size: 40 on rank 0, 24 on rank {last}" if last else "",
             {"hidden_size": 24 if rank == last and last else 40},
         ),
+        (
+            f"differ in fp8_scale: 'fp32' on rank 0, 'ue8m0' on rank {last}" if last else "",
+            {"wire_dtype": "fp8", "fp8_scale": "ue8m0" if rank == last and last else "fp32"},
+        ),
         ("num_experts=9 is not a multiple" if last else "", {"num_experts": 9}),
         ("memory_budget_bytes=1 is too small", {"memory_budget_bytes": 1}),
     ]
