@@ -117,6 +117,7 @@ class ExpertParallel:
         *,
         handle: Handle | None = None,
         expert_alignment: int = 1,
+        output: str = "same",
     ) -> DispatchResult:
         """Send every token to the ranks that own the experts it selected. Collective; so is its backward.
 
@@ -127,6 +128,8 @@ class ExpertParallel:
             handle: repeat an earlier dispatch with other values: same T, no topk_idx, no topk_weights. Offsets, weights
                 and alignment are the earlier ones.
             expert_alignment: every expert's rows are padded with zeros to a multiple of this.
+            output: "same" gives rows in x's dtype; "fp8" hands the rows and scales of an FP8 wire through as they are
+                (``wire_dtype="fp8"``), for an x that needs no gradient: an FP8 tensor cannot carry one.
 
         Returns:
             :class:`DispatchResult` with the rows of this rank's experts, in an order that depends on the routing alone.
@@ -138,6 +141,8 @@ class ExpertParallel:
         """
         self._check_open()
         self._check_rows("x", x, None)
+        self._check_output(output, x)
+        scales: Tensor | None = None
         if handle is not None:
             self._check_handle(handle)
             if topk_idx is not None or topk_weights is not None:
@@ -148,6 +153,9 @@ class ExpertParallel:
                 raise ValueError(
                     f"expert_alignment={expert_alignment} differs from the handle's {handle.expert_alignment}"
                 )
+            if output == "fp8":
+                rows, scales = self._native.replay_fp8(x, handle.plan)
+                return _result(rows, handle, scales)
             return _result(ops.replay(self._native, x, handle.plan), handle)
         if topk_idx is None or topk_weights is None:
             raise ValueError("dispatch needs topk_idx and topk_weights, or a handle")
@@ -157,7 +165,10 @@ class ExpertParallel:
         most_rows = self.num_ranks * self.config.max_tokens_per_rank * self.config.top_k
         if expert_alignment > 1 and most_rows + self.num_local_experts * (expert_alignment - 1) > _MAX_ROWS:
             raise ValueError(f"expert_alignment={expert_alignment} could pad the rows of a rank beyond {_MAX_ROWS}")
-        rows, weights, plan = ops.dispatch(self._native, x, topk_idx, topk_weights, expert_alignment)
+        if output == "fp8":
+            rows, scales, weights, plan = ops.dispatch_fp8(self._native, x, topk_idx, topk_weights, expert_alignment)
+        else:
+            rows, weights, plan = ops.dispatch(self._native, x, topk_idx, topk_weights, expert_alignment)
         handle = Handle(
             plan=plan,
             weights=weights,
@@ -165,7 +176,7 @@ class ExpertParallel:
             top_k=self.config.top_k,
             owner=self._native,
         )
-        return _result(rows, handle)
+        return _result(rows, handle, scales)
 
     def combine(self, y: Tensor, handle: Handle, *, weighted: bool = True) -> Tensor:
         """Bring the experts' rows back to their tokens and add them. Collective; so is its backward.
@@ -263,6 +274,19 @@ class ExpertParallel:
         if rows is not None and tensor.shape[0] != rows:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, but the handle's dispatch gave {rows}")
 
+    def _check_output(self, output: str, x: Tensor) -> None:
+        if output not in ("same", "fp8"):
+            raise ValueError(f"output must be 'same' or 'fp8', not {output!r}")
+        if output == "same":
+            return
+        if self.config.wire_dtype != "fp8":
+            raise ValueError(f"output='fp8' needs wire_dtype='fp8', not {self.config.wire_dtype!r}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "output='fp8' is for an x without gradient, since autograd would round gradients of FP8 rows to FP8: "
+                "detach x, or take output='same'"
+            )
+
     def _check_routing(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
         _check_tensor("topk_idx", topk_idx, (torch.int64,))
         _check_tensor("topk_weights", topk_weights, (torch.float32,))
@@ -301,11 +325,12 @@ def _strides(tensor: Tensor) -> object:
     return tensor.stride() if tensor.layout == torch.strided else tensor.layout
 
 
-def _result(rows: Tensor, handle: Handle) -> DispatchResult:
+def _result(rows: Tensor, handle: Handle, scales: Tensor | None = None) -> DispatchResult:
     return DispatchResult(
         x=rows,
         tokens_per_expert=torch.tensor(handle.plan.tokens_per_expert, dtype=torch.int64),
         offsets=torch.tensor(handle.plan.offsets, dtype=torch.int32),
         weights=handle.weights,
         handle=handle,
+        scales=scales,
     )

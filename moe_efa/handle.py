@@ -41,14 +41,15 @@ class DispatchResult:
     """The rows that this rank's experts got.
 
     Attributes:
-        x: [rows, H] in the dispatched dtype, expert-major: by expert, then source rank, then source token, then top-k
-            position. Padding rows are zeros.
+        x: [rows, H] in the dispatched dtype, or float8_e4m3fn for ``output="fp8"``, expert-major: by expert, then
+            source rank, then source token, then top-k position. Padding rows are zeros.
         tokens_per_expert: [E_local] int64 on the CPU, true counts without padding.
         offsets: [E_local + 1] int32, padded starts, each a multiple of ``expert_alignment``; ``offsets[-1] == rows``,
             and ``offsets[1:]`` fits ``torch.nn.functional.grouped_mm``.
         weights: [rows] fp32 routing weights, 0 on padding, differentiable.
         handle: for :meth:`ExpertParallel.combine` and for replays.
-        scales: None; scales of FP8 rows.
+        scales: [rows, ceil(H / 128)] fp32 for ``output="fp8"``, 1 on padding: the values of a row are x times the scale
+            of their block of 128. None otherwise.
     """
 
     x: Tensor

@@ -31,6 +31,13 @@ def dispatch(
     return _Dispatch.apply(x, topk_weights, topk_idx, native_group, expert_alignment)  # type: ignore[no-untyped-call]
 
 
+def dispatch_fp8(
+    native_group: NativeGroup, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
+) -> tuple[Tensor, Tensor, Tensor, _C.Plan]:
+    """As dispatch, for an x without gradient: rows [rows, H] e4m3, scales [rows, blocks] fp32, weights, plan."""
+    return _DispatchFp8.apply(x, topk_weights, topk_idx, native_group, expert_alignment)  # type: ignore[no-untyped-call]
+
+
 def replay(native_group: NativeGroup, x: Tensor, plan: _C.Plan) -> Tensor:
     """x [T, H] -> rows [rows, H] of an earlier dispatch's plan."""
     return _Replay.apply(x, native_group, plan)  # type: ignore[no-untyped-call]
@@ -82,6 +89,27 @@ class _Dispatch(torch.autograd.Function):
             gradient=True,
         )
         return grad_x if needs_x else None, grad_topk_weights, None, None, None
+
+
+class _DispatchFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, native_group: NativeGroup, expert_alignment: int
+    ) -> tuple[Tensor, Tensor, Tensor, _C.Plan]:
+        plan, rows, scales, weights = native_group.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment)
+        ctx.native_group, ctx.plan, ctx.x_shape, ctx.x_dtype = native_group, plan, x.shape, x.dtype
+        ctx.mark_non_differentiable(rows, scales)
+        return rows, scales, weights, plan
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, __: Tensor, grad_weights: Tensor, ___: None) -> tuple[Tensor | None, ...]:
+        # The weights' gradients ride on rows, which have none of their own here.
+        no_grad_rows = torch.zeros(ctx.plan.rows, ctx.x_shape[1], dtype=ctx.x_dtype)
+        _, grad_topk_weights = ctx.native_group.combine(
+            no_grad_rows, ctx.plan, weight_grads=grad_weights.contiguous(), gradient=True
+        )
+        return None, grad_topk_weights, None, None, None
 
 
 class _Replay(torch.autograd.Function):

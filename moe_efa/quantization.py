@@ -83,4 +83,5 @@ def dequantize_1x128(q: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.fl
     [[896.0, -3.0, 16.0, 1.0]]
     """
     of_column = torch.arange(q.shape[1], device=q.device) // BLOCK_SIZE
-    return (q.to(torch.float32) * scales[:, of_column]).to(dtype)
+    values = q.to(torch.float32) * scales[:, of_column]
+    return values.to(dtype).masked_fill(values.isnan(), torch.nan)  # one NaN: torch's casts give several

@@ -362,7 +362,7 @@ void Oracle::check_publish(std::uint32_t rank) {
         if (word(mate, layout.published(local(rank), source_node)) <= seq) {
           fail(join("I1: rank ", rank, " forwards chunk ", seq, " before rank ", mate, " has published it"));
         }
-        poison(mate, layout.publish_slot(local(rank), source_node, seq), layout.slot_bytes(Phase::kCombine));
+        poison(mate, layout.publish_slot(local(rank), source_node, seq), layout.publish_slot_bytes());
       }
     }
   }

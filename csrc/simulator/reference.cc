@@ -1,5 +1,7 @@
 #include "simulator/reference.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace moe_efa::simulator {
@@ -46,15 +48,90 @@ void store(std::byte* to, std::uint64_t i, float value, DType dtype) {
   std::memcpy(to + i * 2, &half, 2);
 }
 
-// A sum that starts with its first term.
+// The e4m3 numbers that are not negative, by their codes.
+const std::vector<float>& e4m3_numbers() {
+  static const std::vector<float> numbers = [] {
+    std::vector<float> all;
+    for (int code = 0; code < 0x7f; ++code) {
+      int exponent = code / 8, mantissa = code % 8;
+      all.push_back(exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                  : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10));
+    }
+    return all;
+  }();
+  return numbers;
+}
+
+// The nearest code to a finite value within +-448; of a tie the even one.
+std::uint8_t to_e4m3(float value) {
+  const std::vector<float>& numbers = e4m3_numbers();
+  float magnitude = std::min(std::fabs(value), numbers.back());
+  auto code = static_cast<std::size_t>(std::lower_bound(numbers.begin(), numbers.end(), magnitude) - numbers.begin());
+  if (code > 0) {
+    double up = double{numbers[code]} - magnitude, down = double{magnitude} - numbers[code - 1];
+    if (down < up || (down == up && code % 2 == 1)) --code;
+  }
+  return static_cast<std::uint8_t>(code | (std::signbit(value) ? 0x80 : 0));
+}
+
+struct Fp8 {
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales;  // of 128 codes each
+};
+
+Fp8 quantized(const std::vector<float>& row, proto::Fp8Scale format) {
+  Fp8 out;
+  for (std::size_t begin = 0; begin < row.size(); begin += 128) {
+    std::size_t end = std::min(row.size(), begin + 128);
+    float amax = 0;
+    for (std::size_t i = begin; i < end; ++i) amax = std::max(amax, std::fabs(row[i]));
+    float scale = std::max(amax / 448.0f, 0x1p-126f);
+    if (format == proto::Fp8Scale::kUe8m0) {
+      int exponent;
+      float mantissa = std::frexp(scale, &exponent);  // in [0.5, 1)
+      scale = std::ldexp(1.0f, mantissa == 0.5f ? exponent - 1 : exponent);
+    }
+    if (amax == 0) scale = 1;
+    out.scales.push_back(scale);
+    for (std::size_t i = begin; i < end; ++i) out.codes.push_back(to_e4m3(row[i] / scale));
+  }
+  return out;
+}
+
+// Rounds the values of a row to what a wire's dtype can hold.
+void round_row(std::vector<float>& row, DType dtype, proto::Fp8Scale format) {
+  if (dtype != DType::kFp8) {
+    for (float& value : row) value = rounded(value, dtype);
+    return;
+  }
+  Fp8 fp8 = quantized(row, format);
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    float magnitude = e4m3_numbers()[fp8.codes[i] & 0x7f];
+    row[i] = (fp8.codes[i] >= 0x80 ? -magnitude : magnitude) * fp8.scales[i / 128];
+  }
+}
+
+// A sum of rows that starts with its first term.
 struct Sum {
-  bool any = false;
-  float value = 0;
-  void add(float term) {
-    value = any ? value + term : term;
-    any = true;
+  std::vector<float> row;  // empty: no term yet
+  void add(const std::vector<float>& term) {
+    if (row.empty()) {
+      row = term;
+    } else {
+      for (std::size_t i = 0; i < row.size(); ++i) row[i] = row[i] + term[i];
+    }
   }
 };
+
+std::vector<float> load_row(const std::vector<std::byte>& rows, std::uint64_t row, std::uint32_t hidden, DType dtype) {
+  std::vector<float> values(hidden);
+  for (std::uint32_t h = 0; h < hidden; ++h) values[h] = load(rows.data(), row * hidden + h, dtype);
+  return values;
+}
+
+void store_row(std::vector<std::byte>& rows, std::uint64_t row, const std::vector<float>& values, DType dtype) {
+  for (std::size_t h = 0; h < values.size(); ++h) store(rows.data(), row * values.size() + h, values[h], dtype);
+}
 
 }  // namespace
 
@@ -94,18 +171,25 @@ Reference::Dispatched Reference::dispatched(std::size_t call_idx, std::uint32_t 
   std::uint32_t hidden = world_.layout.hidden_size;
   auto num_rows = static_cast<std::size_t>(expected.offsets.back());
   Dispatched result;
-  result.x.assign(num_rows * hidden * proto::dtype_bytes(call.user_dtype), std::byte{0});
+  std::size_t blocks = (hidden + 127) / 128;
+  result.x.assign(num_rows * hidden * (call.fp8_output ? 1 : proto::dtype_bytes(call.user_dtype)), std::byte{0});
   result.weights.assign(num_rows, 0.0f);
+  result.scales.assign(call.fp8_output ? num_rows * blocks : 0, 1.0f);
   std::vector<std::vector<std::byte>> inputs;
   for (std::uint32_t source = 0; source < world_.num_ranks; ++source) {
     inputs.push_back(
         random_rows(world_.seed, call_idx, source, world_.routing(call, source).num_tokens, hidden, call.user_dtype));
   }
   for (const auto& [row, origin] : expected.rows) {
-    for (std::uint32_t h = 0; h < hidden; ++h) {
-      float value = load(inputs[origin.rank].data(), std::uint64_t{origin.token} * hidden + h, call.user_dtype);
-      store(result.x.data(), static_cast<std::uint64_t>(row) * hidden + h, rounded(value, call.wire_dtype),
-            call.user_dtype);
+    std::vector<float> values = load_row(inputs[origin.rank], origin.token, hidden, call.user_dtype);
+    auto at = static_cast<std::size_t>(row);
+    if (call.fp8_output) {
+      Fp8 fp8 = quantized(values, world_.layout.fp8_scale);
+      std::memcpy(result.x.data() + at * hidden, fp8.codes.data(), hidden);
+      std::copy(fp8.scales.begin(), fp8.scales.end(), result.scales.data() + at * blocks);
+    } else {
+      round_row(values, call.wire_dtype, world_.layout.fp8_scale);
+      store_row(result.x, at, values, call.user_dtype);
     }
     result.weights[static_cast<std::size_t>(row)] =
         world_.routing(call, origin.rank).topk_weights[origin.token * world_.layout.top_k + origin.topk_pos];
@@ -140,29 +224,36 @@ Reference::Combined Reference::combined(std::size_t call_idx, std::uint32_t rank
   std::vector<CombineInput> inputs;
   for (std::uint32_t owner = 0; owner < world_.num_ranks; ++owner) inputs.push_back(combine_input(call_idx, owner));
 
+  DType publish_dtype = call.wire_dtype == DType::kFp8 ? DType::kBf16 : call.wire_dtype;
   for (std::uint32_t token = 0; token < routing.num_tokens; ++token) {
     const std::int64_t* experts = routing.topk_idx.data() + token * top_k;
     const std::int64_t* rows = row_of_[call.plan][rank].data() + token * top_k;
-    for (std::uint32_t h = 0; h < hidden; ++h) {
-      Sum over_nodes;
-      for (std::uint32_t node = 0; node < world_.num_nodes(); ++node) {
-        Sum over_mates;
-        for (std::uint32_t local = 0; local < world_.node_size; ++local) {
-          std::uint32_t owner = node * world_.node_size + local;
-          Sum own;
-          for (std::uint32_t e = 0; e < world_.layout.experts_per_rank; ++e) {
-            for (std::uint32_t k = 0; k < top_k; ++k) {
-              if (experts[k] != std::int64_t{owner} * world_.layout.experts_per_rank + e) continue;
-              float y = load(inputs[owner].y.data(), static_cast<std::uint64_t>(rows[k]) * hidden + h, call.user_dtype);
-              own.add(call.weighted ? inputs[owner].weights[static_cast<std::size_t>(rows[k])] * y : y);
+    Sum over_nodes;
+    for (std::uint32_t node = 0; node < world_.num_nodes(); ++node) {
+      Sum over_mates;
+      for (std::uint32_t local = 0; local < world_.node_size; ++local) {
+        std::uint32_t owner = node * world_.node_size + local;
+        Sum own;
+        for (std::uint32_t e = 0; e < world_.layout.experts_per_rank; ++e) {
+          for (std::uint32_t k = 0; k < top_k; ++k) {
+            if (experts[k] != std::int64_t{owner} * world_.layout.experts_per_rank + e) continue;
+            auto row = static_cast<std::size_t>(rows[k]);
+            std::vector<float> y = load_row(inputs[owner].y, row, hidden, call.user_dtype);
+            if (call.weighted) {
+              for (float& value : y) value = inputs[owner].weights[row] * value;
             }
+            own.add(y);
           }
-          if (own.any) over_mates.add(rounded(own.value, call.wire_dtype));
         }
-        if (over_mates.any) over_nodes.add(rounded(over_mates.value, call.wire_dtype));
+        if (own.row.empty()) continue;
+        round_row(own.row, publish_dtype, world_.layout.fp8_scale);
+        over_mates.add(own.row);
       }
-      store(result.out.data(), std::uint64_t{token} * hidden + h, over_nodes.value, call.user_dtype);
+      if (over_mates.row.empty()) continue;
+      round_row(over_mates.row, call.wire_dtype, world_.layout.fp8_scale);
+      over_nodes.add(over_mates.row);
     }
+    if (!over_nodes.row.empty()) store_row(result.out, token, over_nodes.row, call.user_dtype);
     if (!call.weight_grads) continue;
     for (std::uint32_t k = 0; k < top_k; ++k) {
       if (experts[k] < 0) continue;

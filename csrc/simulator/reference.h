@@ -28,8 +28,8 @@ class Reference {
   const RankRows& rows(std::uint32_t plan, std::uint32_t rank) const { return rows_[plan][rank]; }
 
   struct Dispatched {
-    std::vector<std::byte> x;
-    std::vector<float> weights;
+    std::vector<std::byte> x;  // in the user's dtype, or the codes of FP8 rows
+    std::vector<float> weights, scales;
   };
   Dispatched dispatched(std::size_t call, std::uint32_t rank) const;
 

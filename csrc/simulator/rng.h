@@ -22,6 +22,7 @@ enum class Stream : std::uint64_t {
   kInput,
   kGradient,
   kWeight,
+  kFp8,
 };
 
 class Rng {

@@ -73,6 +73,13 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
   DType combine_dtype = rng.chance(0.5) ? DType::kBf16 : DType::kFp32;
   layout.dispatch_dtypes = dispatch_dtype;
   layout.combine_dtypes = combine_dtype;
+  // FP8 beside the others, as where values travel in FP8 and gradients do not; some rows of more than one block.
+  Rng fp8(seed, Stream::kFp8);
+  bool fp8_dispatch = fp8.chance(0.3), fp8_combine = fp8.chance(0.3);
+  if (fp8_dispatch) layout.dispatch_dtypes = layout.dispatch_dtypes | DType::kFp8;
+  if (fp8_combine) layout.combine_dtypes = layout.combine_dtypes | DType::kFp8;
+  if (fp8.chance(0.5)) layout.fp8_scale = proto::Fp8Scale::kUe8m0;
+  if ((fp8_dispatch || fp8_combine) && num_ranks <= 8 && fp8.chance(0.3)) layout.hidden_size = fp8.between(100, 300);
   layout.chunk_rows = rng.between(1, 8);
   constexpr std::uint32_t kSlots[] = {1, 1, 2, 2, 3, 4, 5, 8, 9, 13};
   layout.slots = kSlots[rng.below(std::size(kSlots))];
@@ -115,6 +122,11 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
       call.kind = script.chance(0.35) ? ScriptCall::Kind::kReplay : ScriptCall::Kind::kCombine;
     }
     call.wire_dtype = pick(call.kind == ScriptCall::Kind::kCombine ? combine_dtype : dispatch_dtype);
+    bool may_be_fp8 = call.kind == ScriptCall::Kind::kCombine ? fp8_combine : fp8_dispatch;
+    if (may_be_fp8 && fp8.chance(0.6)) {
+      call.wire_dtype = DType::kFp8;
+      call.fp8_output = call.kind != ScriptCall::Kind::kCombine && fp8.chance(0.4);
+    }
     call.weighted = script.chance(0.5);
     call.weight_grads = script.chance(0.4);
     world.script.push_back(call);

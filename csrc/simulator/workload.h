@@ -19,6 +19,7 @@ struct ScriptCall {
   std::uint32_t plan = 0;                         // number of the dispatch that makes, or made, the plan
   proto::DType user_dtype = proto::DType::kFp32;  // of x or y
   proto::DType wire_dtype = proto::DType::kFp32;
+  bool fp8_output = false;  // a dispatch that hands FP8 rows and their scales through
   bool weighted = false;
   bool weight_grads = false;
 };

@@ -11,6 +11,7 @@ namespace moe_efa::simulator {
 
 using kernels::cpu::CombineCall;
 using kernels::cpu::DispatchCall;
+using proto::DType;
 using proto::Phase;
 
 namespace {
@@ -40,7 +41,7 @@ struct World::RankWorld {
   std::vector<std::shared_ptr<kernels::Plan>> plans;
   // The user's tensors of the call in progress, each its own allocation (I10).
   std::vector<std::byte> input, output;
-  std::vector<float> weights, weight_grads, out_weights, out_grads;
+  std::vector<float> weights, weight_grads, out_weights, out_scales, out_grads;
   bool output_given = false;
 
   bool in_call() const { return dispatch != nullptr || combine != nullptr; }
@@ -148,10 +149,13 @@ bool World::caller_step(std::uint32_t r) {
       const kernels::Plan& plan = *rank.plans[work_.script[rank.next_call].plan];
       const ScriptCall& call = work_.script[rank.next_call];
       auto rows = static_cast<std::size_t>(plan.rows());
-      rank.output.assign(rows * work_.layout.hidden_size * proto::dtype_bytes(call.user_dtype), std::byte{0xCD});
+      DType out_dtype = call.fp8_output ? DType::kFp8 : call.user_dtype;
+      rank.output.assign(rows * work_.layout.hidden_size * proto::dtype_bytes(out_dtype), std::byte{0xCD});
       rank.out_weights.assign(rows, -12345.0f);
+      rank.out_scales.assign(call.fp8_output ? rows * proto::fp8_blocks(work_.layout.hidden_size) : 0, -12345.0f);
       bool replay = call.kind == ScriptCall::Kind::kReplay;
-      rank.dispatch->set_output({rank.output.data(), replay ? nullptr : rank.out_weights.data()});
+      rank.dispatch->set_output(
+          {rank.output.data(), replay ? nullptr : rank.out_weights.data(), rank.out_scales.data()});
       rank.output_given = moved = true;
     }
     if (!rank.dispatch->done()) return moved;
@@ -205,8 +209,8 @@ void World::start_call(RankWorld& rank) {
   rank.input =
       random_rows(work_.seed, rank.next_call, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
   rank.output_given = false;
-  kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype, call.user_dtype,
-                             rank.plans[call.plan]};
+  kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype,
+                             call.fp8_output ? DType::kFp8 : call.user_dtype, rank.plans[call.plan]};
   rank.dispatch = std::make_unique<DispatchCall>(context, args);
 }
 
@@ -236,6 +240,9 @@ void World::check_dispatch(const RankWorld& rank) const {
   }
   Reference::Dispatched expected = reference_.dispatched(rank.next_call, rank.topology.rank);
   if (rank.output != expected.x) throw Violation("I3: " + name() + "dispatched rows differ from the reference");
+  if (!same_bits(rank.out_scales, expected.scales)) {
+    throw Violation("I3: " + name() + "dispatched scales differ from the reference");
+  }
   if (call.kind == ScriptCall::Kind::kDispatch && !same_bits(rank.out_weights, expected.weights)) {
     throw Violation("I3: " + name() + "dispatched weights differ from the reference");
   }

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import moe_efa
 from moe_efa import ClosedError, ExpertParallel, TransportError, reference
+from moe_efa.quantization import dequantize_1x128
 from moe_efa.testing import assert_bitwise, spawn
 from moe_efa.testing.routing import PATTERNS, uneven_token_counts
 
@@ -367,6 +368,54 @@ def replay_with_a_handle(rank: int, group: dist.ProcessGroup, setting: Setting) 
     assert_bitwise(out, expected_out[rank], "combine of a replay")
 
 
+def fp8_rows_handed_through(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    """output="fp8": rows and scales as on the wire, fresh and replayed; the weights keep their gradient."""
+    for dtype, hidden_size, scale in (("bf16", 200, "fp32"), ("fp32", 40, "ue8m0")):
+        fp8 = {"wire_dtype": "fp8", "fp8_scale": scale}
+        case = Case(setting, dtype=dtype, hidden_size=hidden_size, drop_fraction=0.2, uneven=True, alignment=8, **fp8)
+        world = World(case)
+        for tokens in world.x:
+            tokens.view(-1)[:1] = NAN  # where there is a token: one block of NaN
+        expected = world.expected(rank)
+        codes, scales = reference.dispatch_fp8_rows(world.x, world.plan, fp8_scale=scale)[rank]
+        x, topk_idx = world.x[rank], world.topk_idx[rank]
+        topk_weights = world.topk_weights[rank].clone().requires_grad_()
+        with case.open(group) as ep, case.setting.open(group, hidden_size=hidden_size) as bf16:
+            if rank == 0:
+                leaf = x.clone().requires_grad_()
+                for wrong, tensor, output, text in (
+                    (ep, leaf, "fp8", "output='fp8' is for an x without gradient"),
+                    (ep, x, "e4m3", "output must be 'same' or 'fp8', not 'e4m3'"),
+                    (bf16, x, "fp8", "output='fp8' needs wire_dtype='fp8', not 'auto'"),
+                ):
+                    with pytest.raises(ValueError, match=text):
+                        wrong.dispatch(tensor, topk_idx, topk_weights, output=output)
+            d = ep.dispatch(x, topk_idx, topk_weights, expert_alignment=8, output="fp8")
+            zeros = ep.dispatch(torch.zeros_like(x), handle=d.handle, output="fp8")
+            with torch.no_grad():
+                again = ep.dispatch(x.clone().requires_grad_(), handle=d.handle, output="fp8")
+            same = ep.dispatch(x, handle=d.handle)
+            out = ep.combine(world.y[rank], d.handle)
+            torch.autograd.backward([out, d.weights], [world.grad_out[rank], world.grad_weights[rank]])
+        for got in (d, again):
+            assert got.x.dtype == torch.float8_e4m3fn
+            assert got.scales is not None
+            assert not got.x.requires_grad
+            assert_bitwise(got.x.view(torch.uint8), codes.view(torch.uint8), "codes")
+            assert_bitwise(got.scales, scales, "scales")
+            assert_bitwise(dequantize_1x128(got.x, got.scales, dtype=x.dtype), expected["d.x"], "values")
+        assert not zeros.x.view(torch.uint8).any()
+        assert zeros.scales is not None
+        assert bool((zeros.scales == 1).all())
+        assert same.scales is None
+        assert_bitwise(same.x, expected["d.x"])
+        assert_bitwise(d.weights.detach(), expected["d.weights"])
+        assert_bitwise(d.offsets, expected["d.offsets"])
+        assert_bitwise(out.detach(), expected["out"])
+        assert topk_weights.grad is not None
+        assert_bitwise(topk_weights.grad, expected["topk_weights.grad"])
+
+
 def objects_share_natives_of_equal_configuration(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
     with setting.open(group) as a, setting.open(group) as b, setting.open(group, hidden_size=24) as c:
         results = []
@@ -604,6 +653,10 @@ def construction_errors_are_the_same_everywhere(rank: int, group: dist.ProcessGr
             f"differ in hidden_size: 40 on rank 0, 24 on rank {last}" if last else "",
             {"hidden_size": 24 if rank == last and last else 40},
         ),
+        (
+            f"differ in fp8_scale: 'fp32' on rank 0, 'ue8m0' on rank {last}" if last else "",
+            {"wire_dtype": "fp8", "fp8_scale": "ue8m0" if rank == last and last else "fp32"},
+        ),
         ("num_experts=9 is not a multiple" if last else "", {"num_experts": 9}),
         ("memory_budget_bytes=1 is too small", {"memory_budget_bytes": 1}),
     ]
@@ -621,10 +674,44 @@ def construction_errors_are_the_same_everywhere(rank: int, group: dist.ProcessGr
         ep.dispatch(*tensors_for(rank, ep, 0))
 
 
+def fp8_bytes_are_close_to_the_floor(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    tokens, hidden_size, num_experts, top_k = 1024, 4096, 32, 8
+    selections = [
+        PATTERNS["uniform"](tokens, num_experts, top_k, seed=source).topk_idx for source in range(setting.num_ranks)
+    ]
+    with setting.open(
+        group,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        top_k=top_k,
+        max_tokens_per_rank=tokens,
+        memory_budget_bytes=256 << 20,
+        wire_dtype="fp8",
+        combine_dtype="fp8",
+    ) as ep:
+        x = torch.ones(tokens, hidden_size, dtype=torch.bfloat16)
+        d = ep.dispatch(x, selections[rank], torch.ones(tokens, top_k), output="fp8")
+        ep.combine(torch.ones(d.x.shape, dtype=torch.bfloat16), d.handle)
+        stats = ep.stats()
+    num_nodes, own_node = setting.num_ranks // setting.node_size, rank // setting.node_size
+
+    def rows(source: int, node: int) -> int:  # tokens of a rank that select an expert of a node
+        return int((selections[source] // (num_experts // num_nodes) == node).any(1).sum())
+
+    others = [node for node in range(num_nodes) if node != own_node]
+    row_bytes = hidden_size + 4 * (hidden_size // 128)
+    sent = sum(rows(rank, node) for node in others) * row_bytes
+    returned = sum(rows(node * setting.node_size + rank % setting.node_size, own_node) for node in others) * row_bytes
+    for phase, floor in (("dispatch", sent), ("combine", returned)):
+        assert stats[phase]["wire_floor_bytes"] == floor
+        assert 1 <= stats[phase]["wire_bytes"] / floor <= 1.03, (phase, stats[phase])
+
+
 SCENARIOS: list[Callable[[int, dist.ProcessGroup, Setting], None]] = [
     many_rounds_wrap_the_epoch,
     handles_in_any_order,
     replay_with_a_handle,
+    fp8_rows_handed_through,
     objects_share_natives_of_equal_configuration,
     calls_from_another_thread,
     three_runs_are_bitwise_equal,
@@ -655,6 +742,9 @@ def jobs() -> dict[str, Job]:
             if setting.node_size < num_ranks and setting.transport == "shm":
                 name = f"ep{num_ranks}-node{setting.node_size}-{results_do_not_depend_on_transport_or_chunks.__name__}"
                 out[name] = (name, results_do_not_depend_on_transport_or_chunks, (setting,))
+    place = Setting(4, 2, "shm")
+    name = f"{place.id}-{fp8_bytes_are_close_to_the_floor.__name__}"
+    out[name] = (name, fp8_bytes_are_close_to_the_floor, (place,))
     return out
 
 

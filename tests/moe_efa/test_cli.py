@@ -110,6 +110,35 @@ def test_plan_stays_within_the_budget(capsys):
     assert json.loads(capsys.readouterr().out)["registered_bytes"] <= 64 << 20
 
 
+def test_plan_makes_room_for_the_longest_rows_that_values_or_gradients_have():
+    def registered(wire, grad):
+        config = ExpertParallelConfig(
+            num_experts=32,
+            hidden_size=2048,
+            top_k=8,
+            max_tokens_per_rank=1024,
+            node_size=2,
+            wire_dtype=wire,
+            combine_dtype=wire,
+            grad_wire_dtype=grad,
+            chunk_rows=64,
+            slots=4,
+        )
+        return plan.plan_memory(4, config).registered_bytes
+
+    assert registered("fp8", "fp8") < registered("fp8", "bf16") == registered("bf16", "auto")
+    assert registered("fp8", "bf16") < registered("fp8", "auto") == registered("auto", "auto")
+
+
+def test_plan_knows_fp8(capsys):
+    words = "plan --json --wire-dtype fp8 --combine-dtype fp8 --grad-wire-dtype bf16"
+    assert cli.main(words.split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["wire_dtype"], found["combine_dtype"], found["grad_wire_dtype"]) == ("fp8", "fp8", "bf16")
+    assert cli.main(["plan", "--wire-dtype", "fp8"]) == 0
+    assert "fp8, auto" in capsys.readouterr().out
+
+
 def test_plan_table_names_every_size(capsys):
     assert cli.main(["plan"]) == 0
     text = capsys.readouterr().out

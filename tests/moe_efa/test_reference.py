@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_efa import reference
+from moe_efa.quantization import dequantize_1x128, quantize_1x128
 from moe_efa.testing import assert_bitwise, assert_within_ulps
 from moe_efa.testing.routing import PATTERNS, uneven_token_counts
 
@@ -206,3 +207,50 @@ def test_uneven_divisions_are_refused():
         reference.make_plan([torch.empty(0, 1, dtype=torch.int64)] * 2, num_experts=3)
     with pytest.raises(ValueError, match="node_size=3"):
         reference.combine([torch.empty(0, 1)] * 4, plan_of_one_token(4, [-1]), node_size=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fp8_scale", ["fp32", "ue8m0"])
+def test_an_fp8_wire_rounds_every_row_as_the_quantizer_does(fp8_scale, dtype):
+    x, topk_idx, topk_weights = make_inputs("skewed", 2, dtype)
+    plan = reference.make_plan(topk_idx, num_experts=NUM_EXPERTS, expert_alignment=8)
+    values = [dequantize_1x128(*quantize_1x128(t, scale_format=fp8_scale), dtype=dtype) for t in x]
+    same = reference.dispatch(x, topk_weights, plan, wire_dtype="fp8", fp8_scale=fp8_scale)
+    through = reference.dispatch(x, topk_weights, plan, wire_dtype="fp8", fp8_scale=fp8_scale, output="fp8")
+    expected_rows = reference.dispatch(values, topk_weights, plan)
+    for rank, (expected, got, raw) in enumerate(zip(expected_rows, same, through, strict=True)):
+        assert_bitwise(got.x, expected.x)
+        assert got.scales is None
+        assert raw.scales is not None
+        assert_bitwise(dequantize_1x128(raw.x, raw.scales, dtype=dtype), expected.x)
+        padding = torch.tensor([row is None for row in plan.rows[rank]])
+        assert padding.any()
+        assert bool((raw.scales[padding] == 1).all())
+
+
+def test_an_fp8_combine_publishes_bf16_and_quantizes_the_sum_of_every_node():
+    plan = plan_of_one_token(4, [0, 1, 2, 3])
+    # Against 448 the scale is 1. 17.03125 is 17 in bf16, a tie, and so 16 in e4m3; by itself it would be 18.
+    y = [torch.tensor([[224.0, column]]) for column in (17.03125, 0.0, 10.0, 9.0)]
+    assert reference.combine(y, plan, node_size=2, combine_dtype="fp8")[0].tolist() == [[896.0, 16.0 + 20.0]]
+    # Each rank a node: blocks of 224, so scales of 0.5, at which 17 is 34, a tie, and goes to 32; 10 and 9 are exact.
+    assert reference.combine(y, plan, node_size=1, combine_dtype="fp8")[0].tolist() == [[896.0, 16.0 + 10.0 + 9.0]]
+    assert reference.combine(y, plan, node_size=4, combine_dtype="fp8")[0].tolist() == [[896.0, 36.0]]
+
+
+def test_gradients_follow_the_dtype_they_are_given():
+    x, topk_idx, topk_weights = make_inputs("uniform", 2, torch.float32)
+    plan = reference.make_plan(topk_idx, num_experts=NUM_EXPERTS)
+    rounded = [dequantize_1x128(*quantize_1x128(t)) for t in x]
+    y = [torch.randn(len(rows), HIDDEN_SIZE) for rows in plan.rows]
+    weights = [d.weights for d in reference.dispatch(x, topk_weights, plan)]
+    for wire_dtype, values in (("auto", x), ("fp8", rounded)):
+        grad_y, grad_w = reference.combine_backward(x, y, plan, weights=weights, wire_dtype=wire_dtype)
+        expected_y, expected_w = reference.combine_backward(values, y, plan, weights=weights)
+        for got, expected in zip([*grad_y, *grad_w], [*expected_y, *expected_w], strict=True):
+            assert_bitwise(got, expected)
+    for combine_dtype in ("auto", "bf16", "fp8"):
+        grad_x, _ = reference.dispatch_backward(y, None, plan, node_size=1, combine_dtype=combine_dtype)
+        out = reference.combine(y, plan, node_size=1, combine_dtype=combine_dtype)
+        for got, expected in zip(grad_x, out, strict=True):
+            assert_bitwise(got, expected)

@@ -41,7 +41,7 @@ struct Pair {
     receiver = {{2, 1, 1}, proto::RegionLayout(config, 1), nullptr};
     for (std::uint32_t i = 0; i < 3 * kHidden; ++i) x.push_back(static_cast<float>(i) + 0.5f);
     args.x = x.data();
-    args.x_dtype = args.wire_dtype = proto::DType::kFp32;
+    args.x_dtype = args.wire_dtype = args.out_dtype = proto::DType::kFp32;
     args.plan = kernels::cpu::build_send_plan({topk.data(), topk_weights.data(), 3, 1, 1}, sender);
     args.plan->plan_id = 7;
     slot.assign(sender.layout.slot_bytes(proto::Phase::kDispatch), std::byte{0xEE});

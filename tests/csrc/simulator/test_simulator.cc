@@ -52,6 +52,7 @@ TEST_CASE("the-same-seed-gives-the-same-run") {
 TEST_CASE("the-seeds-cover-what-they-should") {
   bool one_slot = false, wrap = false, one_node = false, replay = false, older_plan = false, no_tokens = false;
   bool none_selected = false, duplicate = false;
+  bool fp8_dispatch = false, fp8_replay = false, fp8_output = false, fp8_combine = false, ue8m0 = false, blocks = false;
   for (std::uint64_t seed = 0; seed < 120; ++seed) {
     Workload world = make_workload(seed, 0);
     one_slot |= world.layout.slots == 1;
@@ -62,6 +63,13 @@ TEST_CASE("the-seeds-cover-what-they-should") {
       plans += call.kind == ScriptCall::Kind::kDispatch;
       replay |= call.kind == ScriptCall::Kind::kReplay;
       older_plan |= call.plan + 1 < plans;
+      if (call.wire_dtype != moe_efa::proto::DType::kFp8) continue;
+      fp8_dispatch |= call.kind == ScriptCall::Kind::kDispatch;
+      fp8_replay |= call.kind == ScriptCall::Kind::kReplay;
+      fp8_combine |= call.kind == ScriptCall::Kind::kCombine;
+      fp8_output |= call.fp8_output;
+      ue8m0 |= world.layout.fp8_scale == moe_efa::proto::Fp8Scale::kUe8m0;
+      blocks |= world.layout.hidden_size > moe_efa::proto::kFp8BlockSize;
     }
     wrap |= dispatches > 40;
     for (const auto& plan : world.routings) {
@@ -85,6 +93,12 @@ TEST_CASE("the-seeds-cover-what-they-should") {
   CHECK(no_tokens);
   CHECK(none_selected);
   CHECK(duplicate);
+  CHECK(fp8_dispatch);
+  CHECK(fp8_replay);
+  CHECK(fp8_output);
+  CHECK(fp8_combine);
+  CHECK(ue8m0);
+  CHECK(blocks);
 }
 
 TEST_CASE("an-unknown-profile-is-refused") { CHECK_THROWS_AS(run_check("perfect", 0), moe_efa::common::StatusError); }
