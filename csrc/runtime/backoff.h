@@ -1,5 +1,5 @@
-// What a waiting call does between two looks: spin, yield, then sleep until a mate or the driver rings. Where the ranks of
-// a host outnumber its cores a waiting rank stands in the way of those it waits for, so it sleeps almost at once.
+// What a waiting call does between two looks: spin, yield, then sleep until a mate or the driver rings. Where the ranks
+// of a host outnumber its cores a waiting rank stands in the way of those it waits for, so it sleeps almost at once.
 #pragma once
 
 #include <sched.h>

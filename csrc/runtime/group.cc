@@ -306,8 +306,12 @@ void Group::check_patience(Phase phase, std::int64_t epoch, const kernels::Waiti
 // --- calls
 
 kernels::CallContext Group::context() {
-  return {view_, state_, descriptors_.get(), pool_,
-          std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size())), &doorbell_};
+  return {view_,
+          state_,
+          descriptors_.get(),
+          pool_,
+          std::max<std::uint32_t>(1, static_cast<std::uint32_t>(rails_.size())),
+          &doorbell_};
 }
 
 template <typename Call, typename Until>

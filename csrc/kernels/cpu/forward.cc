@@ -65,9 +65,8 @@ void forward_to_output(const ForwardArgs& args, const proto::NodeView& view) {
   for (std::uint32_t row = 0; row < facts.rows_in(args.chunk); ++row) {
     std::uint32_t token = combine.plan->send[args.source_node].row_token[facts.first_row(args.chunk) + row];
     std::byte* out = static_cast<std::byte*>(combine.out) + token * out_stride;
-    float* out_grads = combine.weight_grads == nullptr
-                           ? nullptr
-                           : combine.topk_weight_grads + std::size_t{token} * config.top_k;
+    float* out_grads =
+        combine.weight_grads == nullptr ? nullptr : combine.topk_weight_grads + std::size_t{token} * config.top_k;
     sums.next(converts ? node_sum.data() : out, out_grads);
     if (converts) {
       convert_row(out, combine.y_dtype, node_sum.data(), combine.wire_dtype, config.hidden_size, config.fp8_scale);

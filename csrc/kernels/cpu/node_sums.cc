@@ -46,10 +46,10 @@ void NodeSums::next(std::byte* dst, float* weight_grads) {
     rows[count++] = published_[mate] + row_ * row_bytes_;
     if (grads) {
       float part[proto::kMaxTopK];
-      std::memcpy(part,
-                  published_[mate] + facts_.rows_in(chunk_) * row_bytes_ +
-                      std::size_t{row_} * config_.top_k * sizeof(float),
-                  config_.top_k * sizeof(float));
+      std::memcpy(
+          part,
+          published_[mate] + facts_.rows_in(chunk_) * row_bytes_ + std::size_t{row_} * config_.top_k * sizeof(float),
+          config_.top_k * sizeof(float));
       add_grads(part);
     }
   }

@@ -1,5 +1,5 @@
-// NodeSums: per row of one chunk of a source on this rank's rail, the sum over the ranks of this node in rank order. What
-// the mates have published is read from their regions; the own term is added up on the spot and never stored.
+// NodeSums: per row of one chunk of a source on this rank's rail, the sum over the ranks of this node in rank order.
+// What the mates have published is read from their regions; the own term is added up on the spot and never stored.
 #pragma once
 
 #include <cstdint>

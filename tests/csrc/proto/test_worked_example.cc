@@ -114,22 +114,20 @@ TEST_CASE("the fp8 row of token 0") {
 }
 
 TEST_CASE("the combine chunk that rank 1 writes to rank 0") {
-  Example e;  // seen from rank 1: its expert doubled the rows, and it has published their weighted values
+  Example e;  // seen from rank 1: its expert doubled the rows
   e.topology.rank = 1;
   e.view.topology = e.topology;
   e.view.layout = proto::RegionLayout(e.config, 1);
   auto plan = std::make_shared<kernels::Plan>();
   plan->rings = {{2, 2, 1}, {0, 0, 0}};
   plan->masks = {{1, 1}, {}};
-  float values[] = {1, 2, 3, 4, 13.5f, 15, 16.5f, 18};  // 0.5 * 2 * [1..4], 0.75 * 2 * [9..12]
-  std::byte* published = e.region.data() + e.view.layout.publish_slot(0, 0, 0);
-  for (int row = 0; row < 2; ++row) {
-    for (int i = 0; i < 4; ++i) {
-      std::uint16_t value = kernels::float_to_bf16(values[row * 4 + i]);
-      std::memcpy(published + row * 16 + i * 2, &value, 2);
-    }
-  }
+  plan->pulls = {{{{0u << kernels::PullEntry::kTopKBits | 0, 0}, {1u << kernels::PullEntry::kTopKBits | 1, 1}}}, {}};
+  std::vector<std::uint16_t> y;
+  for (float value : {2, 4, 6, 8, 18, 20, 22, 24}) y.push_back(kernels::float_to_bf16(value));
+  float weights[] = {0.5f, 0.75f};
   kernels::CombineArgs args;
+  args.y = y.data();
+  args.weights = weights;
   args.y_dtype = args.wire_dtype = proto::DType::kBf16;
   args.plan = plan;
   std::vector<std::byte> slot(e.view.layout.slot_bytes(proto::Phase::kCombine));
