@@ -22,6 +22,7 @@ from typing import Any
 from moe_efa.bench.options import BenchConfig
 from moe_efa.bench.timing import PHASES
 
+_NAMES = ("mpirun", "mpirun.openmpi")
 _START_S = 120.0
 _ANSWER_S = 280.0  # less than the others wait in a barrier
 _END_S = 10.0
@@ -40,25 +41,29 @@ def find_mpirun() -> list[str]:
     cure = "pip install 'moe_efa[mpi]'"
     if importlib.util.find_spec("mpi4py") is None:
         raise MpiError(f"mpi4py is not installed: {cure}")
-    beside = Path(sys.executable).parent
-    found = []
-    for name, arguments in (("mpirun", []), ("mpirun.openmpi", []), ("prterun", ["--personality", "ompi"])):
-        for program in (shutil.which(name, path=str(beside)), shutil.which(name)):
-            if program is None:
-                continue
-            found.append(program)
-            if _is_open_mpi(program):
-                return [program, *arguments]
-    other = f" ({found[0]} belongs to another MPI)" if found else ""
+    candidates = [[str(program)] for name in _NAMES if (program := _find(name)) is not None]
+    wrapped = (
+        Path(sys.executable).parent / "ompirun_wrapper"
+    )  # what the mpirun of the wheel calls; mpich's replaces that
+    if wrapped.exists():
+        candidates.append(["env", f"OPAL_PREFIX={wrapped.parent.parent}", str(wrapped)])
+    for command in candidates:
+        if _is_open_mpi(command):
+            return command
+    other = f" ({candidates[0][-1]} belongs to another MPI)" if candidates else ""
     raise MpiError(f"Open MPI's mpirun is not found{other}: {cure}")
 
 
-def _is_open_mpi(program: str) -> bool:
+def _find(name: str) -> str | None:
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def _is_open_mpi(command: list[str]) -> bool:
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return "Open MPI" in done.stdout or "PRRTE" in done.stdout
+    return "Open MPI" in done.stdout
 
 
 def mpirun_arguments(ranks: int, cores: int) -> list[str]:

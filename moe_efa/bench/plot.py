@@ -68,14 +68,15 @@ def _draw_lines(pyplot: Any, found: list[dict[str, Any]]) -> Any:
             ratios = [ratio(result, name) for result in here]
             if any(value is not None for value in ratios):
                 lower.plot(tokens, ratios, marker=marker, color=colour, markersize=5)
-        for bar in BARS:
+        for bar in (bar for bar in BARS if bar.least is not None):
             colour = next(party[2] for party in _PARTIES if party[0] == bar.name)
-            if bar.name != "torch_lean" and any(ratio(result, bar.name) is not None for result in here):
+            if any(ratio(result, bar.name) is not None for result in here):
                 lower.axhline(bar.least, color=colour, linestyle=":", linewidth=1)
-                lower.annotate(
-                    f"bar {bar.least:g}", (0.01, bar.least), xycoords=("axes fraction", "data"), color=colour,
-                    fontsize=7, va="bottom",
-                )  # fmt: skip
+                if column == len(columns) - 1:
+                    place = (1.01, bar.least)
+                    lower.annotate(
+                        f"bar {bar.least:g}", place, xycoords=("axes fraction", "data"), color=colour, va="center"
+                    )
         lower.axhline(1.0, color="#0072b2", linewidth=1)
         upper.set_title(f"{ranks} ranks, H={hidden}")
         lower.set_xlabel("tokens per rank")
@@ -85,9 +86,9 @@ def _draw_lines(pyplot: Any, found: list[dict[str, Any]]) -> Any:
             axis.set_xticks(tokens, [str(count) for count in tokens], minor=False)
             axis.grid(True, which="major", alpha=0.3)
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        lower.set_yscale("log", base=2)
     axes[0][0].set_ylabel("dispatch + combine, ms (p50)")
     axes[1][0].set_ylabel("time / time of moe_efa")
-    axes[1][0].set_yticks([0.25, 0.5, 1, 2, 4, 8, 16])
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(_title(found[0]), fontsize=10)

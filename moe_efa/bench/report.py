@@ -35,7 +35,7 @@ def format_table(result: dict[str, Any]) -> str:
         ("rings", f"{c['slots']} slots of {c['chunk_rows']} rows, {c['registered_bytes'] / 2**20:.0f} MiB per rank"),
         ("host", f"{c['cores']} cores ({c['machine']}), {c['threads_per_rank']} kernel thread(s) per rank"),
         ("torch", f"{c['torch']}, {c['torch_threads']} thread(s) per rank"),
-        *_mpi_facts(result["mpi"]),
+        *mpi_facts(result["mpi"]),
         ("iterations", f"{c['iterations']} after {c['warmup']} for warming up, seed {c['seed']}"),
         ("checked", checks["small"]),
         ("", f"measured shape against fp32: largest error {checks['full_error_of_bound']:.2f} of the rounding bound"),
@@ -67,7 +67,8 @@ def format_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _mpi_facts(mpi: dict[str, Any] | None) -> list[tuple[str, str]]:
+def mpi_facts(mpi: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Label and text of what the MPI version ran with, or why it did not; empty if nobody asked for it."""
     if mpi is None:
         return []
     if not mpi["available"]:
