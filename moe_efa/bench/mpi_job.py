@@ -42,9 +42,8 @@ def find_mpirun() -> list[str]:
     if importlib.util.find_spec("mpi4py") is None:
         raise MpiError(f"mpi4py is not installed: {cure}")
     candidates = [[str(program)] for name in _NAMES if (program := _find(name)) is not None]
-    wrapped = (
-        Path(sys.executable).parent / "ompirun_wrapper"
-    )  # what the mpirun of the wheel calls; mpich's replaces that
+    # What the wheel's mpirun calls; an mpich that is installed later puts its own mpirun in that place.
+    wrapped = Path(sys.executable).parent / "ompirun_wrapper"
     if wrapped.exists():
         candidates.append(["env", f"OPAL_PREFIX={wrapped.parent.parent}", str(wrapped)])
     for command in candidates:

@@ -85,8 +85,9 @@ def _draw_lines(pyplot: Any, found: list[dict[str, Any]]) -> Any:
             axis.set_yscale("log")
             axis.set_xticks(tokens, [str(count) for count in tokens], minor=False)
             axis.grid(True, which="major", alpha=0.3)
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         lower.set_yscale("log", base=2)
+        for axis in (upper, lower):
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0][0].set_ylabel("dispatch + combine, ms (p50)")
     axes[1][0].set_ylabel("time / time of moe_efa")
     handles, labels = axes[0][0].get_legend_handles_labels()

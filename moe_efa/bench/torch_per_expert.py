@@ -53,5 +53,5 @@ class TorchPerExpert:
         dist.all_to_all_single(sorted_rows, in_arrival_order, handle.send_splits, handle.recv_splits)
         rows = torch.empty_like(sorted_rows)
         rows[handle.order] = sorted_rows
-        terms = rows.view(*handle.topk_weights.shape, -1).float() * handle.topk_weights[:, :, None]
+        terms = rows.view(*handle.topk_weights.shape, y.shape[1]).float() * handle.topk_weights[:, :, None]
         return terms.sum(1).to(y.dtype)
