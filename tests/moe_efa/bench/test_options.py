@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from moe_efa import ConfigError
-from moe_efa.bench import PRESETS, BenchConfig, add_arguments, main, memory, sweep
+from moe_efa.bench import PRESETS, BenchConfig, add_arguments, command, main, memory, plot, sweep
 from moe_efa.bench.options import SWEEP, config_from
 
 
@@ -44,6 +44,33 @@ def test_words_for_the_wire_reach_the_group():
 def test_routing_parameters_are_read():
     routing = config("--routing node-limited --topk-nodes 2 --zipf-exponent 0.5").routing
     assert (routing.name, routing.topk_nodes, routing.zipf_exponent) == ("node-limited", 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("--routing node-limited --topk-nodes 1 --topk 5 --experts 8", "4 of the 8 experts"),
+        ("--routing zipf --zipf-exponent -1", "zipf-exponent"),
+        ("--mpi --no-baseline", "--mpi is a baseline"),
+        ("--plot picture.doc", ".png"),
+        ("--plot nowhere/picture.png", "no folder"),
+        ("--idle --plot picture.png", "not together"),
+        ("--sweep-tokens 64", "needs --sweep"),
+        ("--sweep --tokens 64", "--sweep-tokens"),
+        ("--sweep --sweep-ranks 3", "num_experts=32"),
+        ("--tokens 60000000", "GiB are available"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_rank_starts(arguments, word, monkeypatch, capsys):
+    monkeypatch.setattr(command, "run_on_ranks", None)
+    assert main(shlex.split(f"--transport shm {arguments}")) == 1
+    assert word in capsys.readouterr().err
+
+
+def test_without_matplotlib_a_picture_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    assert main(shlex.split("--transport shm --plot picture.png")) == 1
+    assert "moe_efa[plot]" in capsys.readouterr().err
 
 
 def test_a_preset_that_does_not_fit_is_refused_before_anything_is_allocated(monkeypatch, capsys):
