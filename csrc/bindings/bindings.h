@@ -9,6 +9,7 @@ void bind_errors(pybind11::module_& module);
 void bind_group(pybind11::module_& module);
 void bind_build_info(pybind11::module_& module);
 void bind_host_memory(pybind11::module_& module);
+void bind_engine_cost(pybind11::module_& module);
 void bind_simulator(pybind11::module_& module);
 void bind_wire(pybind11::module_& module);
 

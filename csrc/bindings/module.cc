@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, module) {
   moe_efa::bindings::bind_group(module);
   moe_efa::bindings::bind_build_info(module);
   moe_efa::bindings::bind_host_memory(module);
+  moe_efa::bindings::bind_engine_cost(module);
   moe_efa::bindings::bind_simulator(module);
   moe_efa::bindings::bind_wire(module);
 }

@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_efa import _C, bench, libfabric
+from moe_efa import _C, libfabric
+from moe_efa.bench.copy_floor import count_rows
+from moe_efa.bench.mpi_job import MpiError, find_mpirun
+from moe_efa.bench.routing import RoutingConfig, select
+from moe_efa.bench.timing import Timing
 
 TINY = shlex.split("--tokens 16 --hidden 64 --topk 4 --experts 8 --iters 2 --warmup 1")
 COMMAND = [sys.executable, "-c", "import sys; from moe_efa.cli import main; sys.exit(main())", "bench"]
@@ -36,6 +40,17 @@ def check_result(result, *, ranks, node_size):
     assert wire["bytes"] >= wire["floor_bytes"]
 
 
+def check_baselines(result, names):
+    assert list(result["baselines"]) == names
+    assert result["checks"]["baselines_agree"] == [result["baselines"][name]["title"] for name in names]
+    assert result["copy_floor"]["p50_us"] > 0
+    assert result["ratios"]["copy_floor"] > 0
+    for name in names:
+        for phase, when in result["baselines"][name]["best"].items():
+            ratio = result["baselines"][name][when][phase]["p50_us"] / result["moe_efa"][phase]["p50_us"]
+            assert result["ratios"][name][phase] == pytest.approx(ratio)
+
+
 @pytest.mark.parametrize("transport", ["shm", "libfabric"])
 def test_alone_it_starts_four_ranks_and_prints_a_table(tmp_path, transport):
     if transport == "libfabric" and not HAS_LIBFABRIC:
@@ -43,13 +58,13 @@ def test_alone_it_starts_four_ranks_and_prints_a_table(tmp_path, transport):
     target = tmp_path / "result.json"
     done = run(COMMAND, *TINY, "--transport", transport, "--json", str(target), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("4 in 2 nodes of 2", "moe_efa both", "torch both", "copy floor", "torch.distributed / moe_efa"):
+    for word in ("4 in 2 nodes of 2", "moe_efa both", "torch per-expert both", "torch lean / moe_efa", "copy floor"):
         assert word in done.stdout
     result = json.loads(target.read_text())
     check_result(result, ranks=4, node_size=2)
-    assert set(result["torch"]) == {"best", "before", "after"}
-    assert result["ratios"]["torch_over_moe_efa"] > 0
-    assert result["ratios"]["moe_efa_over_copy_floor"] > 0
+    check_baselines(result, ["torch_per_expert", "torch_lean"])
+    assert set(result["baselines"]["torch_lean"]) == {"title", "best", "before", "in_turn"}
+    assert result["mpi"] is None
     expected = "shared memory" if transport == "shm" else "libfabric"
     assert result["conditions"]["transport"].startswith(expected)
 
@@ -59,7 +74,8 @@ def test_json_alone_goes_to_stdout_and_the_table_to_stderr(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     check_result(result, ranks=2, node_size=2)
-    assert result["torch"] is None
+    assert result["baselines"] == {}
+    assert result["copy_floor"] is None
     assert result["wire"]["ratio"] is None
     assert "moe_efa both" in done.stderr
 
@@ -104,6 +120,72 @@ def test_a_wrong_argument_is_one_readable_line(tmp_path, arguments, word):
     assert "Traceback" not in done.stderr
 
 
+def test_sweep_gives_a_row_per_shape_the_bars_and_a_picture(tmp_path):
+    target, picture = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    grid = shlex.split("--sweep --sweep-ranks 2,4 --sweep-tokens 8,16 --sweep-hidden 64 --topk 4 --experts 8")
+    measured = shlex.split("--iters 1 --warmup 0 --transport shm --routing zipf --zipf-exponent 1.5")
+    done = run(COMMAND, *grid, *measured, "--json", str(target), "--plot", str(picture), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("x torch per-expert", "bar 8: ", "bar 0.5: ", "zipf, exponent 1.5"):
+        assert word in done.stdout
+    assert "[4 ranks, 2/2: T=16 H=64]" in done.stderr
+    found = json.loads(target.read_text())
+    shapes = [(point["conditions"]["ranks"], point["conditions"]["tokens"]) for point in found["points"]]
+    assert shapes == [(2, 8), (2, 16), (4, 8), (4, 16)]
+    for point in found["points"]:
+        check_result(point, ranks=point["conditions"]["ranks"], node_size=point["conditions"]["ranks"] // 2)
+        check_baselines(point, ["torch_per_expert", "torch_lean"])
+    for name, bar in found["bars"].items():
+        ratios = [point["ratios"][name] for point in found["points"]]
+        assert bar["lowest"] == min(ratio if name == "copy_floor" else ratio["both"] for ratio in ratios)
+    assert [one["ratio"] for one in found["per_byte_over_4_ranks"]][2:] == [1.0, 1.0]
+    image = pytest.importorskip("matplotlib.image").imread(picture)
+    assert image.shape[0] > 400
+    assert image.std() > 0.05  # not an empty page
+
+
+def _without_mpi():
+    try:
+        find_mpirun()
+    except MpiError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.skipif(bool(_without_mpi()), reason=_without_mpi() or "there is MPI")
+def test_mpi_brings_equal_rows_and_is_measured_beside_the_others(tmp_path):
+    target, picture = tmp_path / "result.json", tmp_path / "result.png"
+    routing = shlex.split("--transport shm --routing lognormal --mpi")
+    done = run(COMMAND, *TINY, *routing, "--json", str(target), "--plot", str(picture), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "MPI_Alltoallv / moe_efa" in done.stdout
+    result = json.loads(target.read_text())
+    check_result(result, ranks=4, node_size=2)
+    check_baselines(result, ["torch_per_expert", "torch_lean", "mpi"])
+    assert result["mpi"]["library"].startswith("Open MPI")
+    assert "btl self,sm" in result["mpi"]["mpirun"]
+    assert picture.stat().st_size > 10_000
+
+
+def test_without_mpi_the_reason_is_printed_and_the_rest_is_measured(tmp_path):
+    # An mpirun option that does not exist: mpirun is there, and does not start.
+    arguments = ["--ranks", "2", "--transport", "shm", "--mpi", "--mpi-args=--no-such-option"]
+    done = run(COMMAND, *TINY, *arguments, "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not available: " in done.stderr
+    result = json.loads(done.stdout)
+    assert result["mpi"]["available"] is False
+    check_baselines(result, ["torch_per_expert", "torch_lean"])
+
+
+def test_idle_ranks_are_measured_with_and_without_a_fabric(tmp_path):
+    done = run(COMMAND, "--idle", "--ranks", "2", *TRANSPORT, "--json", "-", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    groups = json.loads(done.stdout)["groups"]
+    assert [group["nodes"] for group in groups] == [1, 2]
+    assert all(len(group["cpu_percent"]) == 2 and min(group["cpu_percent"]) >= 0 for group in groups)
+
+
 def test_interrupt_ends_all_ranks(tmp_path):
     command = [*COMMAND, *shlex.split("--transport shm --tokens 256 --hidden 256 --iters 100000 --no-baseline")]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -144,11 +226,11 @@ def _members(session):
 def test_rows_of_the_copy_floor_are_those_that_the_definition_says(node_size):
     num_ranks, num_experts = 4, 8
     selections = [
-        bench.make_inputs(rank, tokens=9, hidden=4, topk=3, experts=num_experts, dtype="fp32", seed=7).topk_idx
+        select(RoutingConfig(), rank, tokens=9, topk=3, experts=num_experts, num_nodes=1, seed=7)
         for rank in range(num_ranks)
     ]
     for rank in range(num_ranks):
-        rows = bench.count_rows(selections, rank=rank, node_size=node_size, num_experts=num_experts)
+        rows = count_rows(selections, rank=rank, node_size=node_size, num_experts=num_experts)
         packed = pulled = published = forwarded = 0
         for source, selection in enumerate(selections):
             for experts in selection.tolist():
@@ -162,6 +244,6 @@ def test_rows_of_the_copy_floor_are_those_that_the_definition_says(node_size):
 
 
 def test_timing_is_of_the_iterations():
-    timing = bench.Timing.of(torch.tensor([4.0, 1.0, 3.0, 2.0, 5.0]))
+    timing = Timing.of(torch.tensor([4.0, 1.0, 3.0, 2.0, 5.0]))
     assert (timing.p50_s, timing.max_s) == (3.0, 5.0)
     assert timing.p50_s <= timing.p95_s <= timing.max_s

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_efa import _C, ConfigError, ExpertParallelConfig, bench, cli, doctor, env, plan
+from moe_efa import _C, ConfigError, ExpertParallelConfig, cli, doctor, env, libfabric, plan
 
 LAUNCH_VARIABLES = (
     "RANK",
@@ -42,7 +42,7 @@ def test_doctor_json_has_facts_problems_and_a_matching_exit_status(capsys):
     status = cli.main(["doctor", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert set(facts) >= {"build", "libfabric", "providers", "efa_devices", "shm", "memlock_bytes", "cores", "torch"}
-    assert facts["libfabric"]["found"] == _C.build_info(**bench.libfabric.search_path())["libfabric_found"]
+    assert facts["libfabric"]["found"] == _C.build_info(**libfabric.search_path())["libfabric_found"]
     assert status == (0 if facts["ok"] else 1)
     assert facts["ok"] == all(problem["severity"] != "error" for problem in facts["problems"])
 
@@ -165,9 +165,9 @@ def test_plan_of_one_node_needs_no_node_size():
     assert plan.plan_memory(4, config).as_dict()["nodes"] == 1
 
 
-def test_bench_names_what_to_install_without_libfabric(monkeypatch, tmp_path, capsys):
+def test_bench_names_what_to_install_without_libfabric(monkeypatch, capsys):
     absent = {"libfabric_found": False, "libfabric_built": True, "libfabric_error": "no such file"}
-    monkeypatch.setattr(bench._C, "build_info", lambda **_: absent)
+    monkeypatch.setattr(_C, "build_info", lambda **_: absent)
     assert cli.main(["bench"]) == 1
     text = capsys.readouterr().err
     assert "libfabric1" in text
