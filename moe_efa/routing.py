@@ -165,10 +165,10 @@ def balance_loss(scores: Tensor, topk_idx: Tensor) -> Tensor:
     tensor(1.)
     """
     *_, sequence_length, num_experts = scores.shape
-    scores = scores.reshape(-1, sequence_length, num_experts)
-    num_sequences = scores.shape[0]
     if scores.numel() == 0:
         return scores.sum()
+    scores = scores.reshape(-1, sequence_length, num_experts)
+    num_sequences = scores.shape[0]
     sequence = torch.arange(num_sequences, device=scores.device)[:, None]
     places = topk_idx.reshape(num_sequences, -1)
     places = torch.where(places < 0, -1, places + sequence * num_experts)
