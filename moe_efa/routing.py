@@ -107,7 +107,7 @@ def sigmoid_group_topk(
         with torch.no_grad():
             biased = scores if e_score_correction_bias is None else scores + e_score_correction_bias
             if topk_group < n_group:
-                groups = biased.view(*biased.shape[:-1], n_group, -1)
+                groups = biased.view(*biased.shape[:-1], n_group, biased.shape[-1] // n_group)
                 group_scores = groups.topk(2, dim=-1).values.sum(-1)
                 best = group_scores.topk(topk_group, dim=-1, sorted=False).indices
                 out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, best, False)
