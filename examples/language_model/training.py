@@ -22,12 +22,14 @@ import moe_efa
 from language_model.model import ByteModel, ModelConfig
 from language_model.text import Text
 
+HELD_OUT_BATCHES = 8
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train."""
 
-    steps: int = 300
+    steps: int = 400
     batch_size: int = 16  # sequences of all ranks together
     learning_rate: float = 3e-3
     warmup_steps: int = 30
@@ -97,9 +99,8 @@ def train(
             norm = reduce_and_clip(dense, experts, config.clip_norm, group)
             optimizer.step()
             optimizer.zero_grad()
-            for layer in model.moe_layers():
-                if routes is None:
-                    layer.update_bias(config.bias_rate, group)
+            for layer in model.moe_layers() if routes is None else []:
+                layer.update_bias(config.bias_rate, group)
             run.losses.append(float(all_sum(loss.detach(), group)))
             run.grad_norms.append(norm)
             run.routes.append(torch.stack([layer.topk_idx.to(torch.uint8) for layer in model.moe_layers()]))
@@ -108,9 +109,10 @@ def train(
         counts = all_sum(counts.double(), group)
         run.imbalance = float((counts.amax(1) / counts.mean(1)).max())
         with torch.no_grad():
-            tokens, targets = text.batch(1, config.batch_size, length, held_out=True)
-            loss = cross_entropy(model(tokens[mine]), targets[mine]) / targets.numel()
-            run.held_out_loss = float(all_sum(loss, group))
+            for number in range(HELD_OUT_BATCHES):
+                tokens, targets = text.batch(number, config.batch_size, length, held_out=True)
+                loss = cross_entropy(model(tokens[mine]), targets[mine]) / targets.numel()
+                run.held_out_loss += float(all_sum(loss, group)) / HELD_OUT_BATCHES
     return run
 
 
