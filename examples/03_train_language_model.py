@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-from language_model.comparison import compare, plot
+from language_model.comparison import compare, plot, require_matplotlib
 from language_model.text import Text
 from language_model.training import TrainConfig, train
 
@@ -38,6 +38,8 @@ def main() -> None:
         parser.error("--steps must be at least 1")
     if args.data is not None and not args.data.is_dir():
         parser.error(f"--data {args.data} is not a folder")
+    if args.plot:
+        require_matplotlib()
     config = TrainConfig(steps=args.steps, wire_dtype=args.wire_dtype, node_size=args.node_size)
 
     group = None

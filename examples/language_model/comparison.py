@@ -65,7 +65,8 @@ def count_flips(mine: Tensor, other: Tensor) -> int:
     return int((mine[..., :, None] != other[..., None, :]).all(-1).sum())
 
 
-def plot(runs: dict[str, Run], path: Path, title: str) -> None:
+def require_matplotlib() -> Any:
+    """pyplot, or an end with the cure; asked for before the training rather than after it."""
     try:
         import matplotlib
     except ImportError:
@@ -73,6 +74,12 @@ def plot(runs: dict[str, Run], path: Path, title: str) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(runs: dict[str, Run], path: Path, title: str) -> None:
+    """The losses of the runs over the steps, as a picture."""
+    pyplot = require_matplotlib()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for (name, run), style in zip(runs.items(), ("-", "--", ":"), strict=False):
         axes.plot(range(1, len(run.losses) + 1), run.losses, style, label=name.replace("_", " "))

@@ -95,7 +95,7 @@ class SwiGLUExperts(nn.Module):
             raise ValueError(f"rows must be [R, {self.hidden_size}], not {list(rows.shape)}")
         if offsets.shape != (self.num_local_experts + 1,):
             raise ValueError(f"offsets must be [{self.num_local_experts + 1}], not {list(offsets.shape)}")
-        if offsets.is_cpu and int(offsets[-1]) != rows.shape[0]:
+        if offsets.is_cpu and not torch.compiler.is_compiling() and int(offsets[-1]) != rows.shape[0]:
             raise ValueError(f"offsets end at {int(offsets[-1])}, but there are {rows.shape[0]} rows")
         if weights is not None and weights.shape != rows.shape[:1]:
             raise ValueError(f"weights must be [{rows.shape[0]}], not {list(weights.shape)}")

@@ -31,7 +31,8 @@ class Router(nn.Module):
     Attributes:
         weight: [E, H].
         e_score_correction_bias: [E] fp32 whatever dtype the module is cast to; None for "softmax".
-        aux_loss: of the last forward, to be added to the loss; None without a coefficient.
+        aux_loss: of the last forward, to be added to the loss; None without a coefficient. Under reentrant activation
+            checkpointing, whose forward has no graph, it has no gradient.
     """
 
     aux_loss: Tensor | None

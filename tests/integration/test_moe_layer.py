@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
-from moe_efa.nn import Router, SharedExperts, SwiGLUExperts
+from moe_efa.nn import Router, SharedExperts, SwiGLUExperts, moe_layer
 from moe_efa.testing import assert_bitwise, assert_within_ulps
 from moe_efa.testing.spawn import spawn
 
@@ -252,6 +254,11 @@ def test_arguments_that_do_not_fit_are_refused():
             layer.update_bias()
         layer.close()
         assert layer(x).shape == (3, 8)  # a corrected call works, and what was passed in stays open
+
+
+def test_docstring_example_holds():
+    outcome = doctest.testmod(moe_layer, extraglobs={"torch": torch})
+    assert (outcome.attempted, outcome.failed) == (3, 0)
 
 
 def test_built_on_the_meta_device():
