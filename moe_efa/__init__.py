@@ -8,6 +8,7 @@ from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, PeerLostError, PeerTimeoutError, TransportError
 from moe_efa.expert_parallel import ExpertParallel
 from moe_efa.handle import DispatchResult, Handle
+from moe_efa.nn import MoELayer
 
 __all__ = [
     "ClosedError",
@@ -16,6 +17,7 @@ __all__ = [
     "ExpertParallel",
     "ExpertParallelConfig",
     "Handle",
+    "MoELayer",
     "PeerLostError",
     "PeerTimeoutError",
     "TransportError",

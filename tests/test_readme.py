@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +56,17 @@ def test_the_experts_of_the_readme_are_the_dense_layer() -> None:
             weight = (topk_weights * (topk_idx == expert)).sum(-1, keepdim=True)
             dense = dense + weight * ((torch.nn.functional.silu(gate) * up) @ experts.down[expert])
         torch.testing.assert_close(names["out"], dense)
+
+
+def test_the_layer_of_the_readme_trains() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"torch": torch, "moe_efa": moe_efa, "group": None}
+    exec(blocks[2], names)
+    layer = names["layer"]
+    assert names["out"].shape == (2, 64, 64)
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert set(layer.router.e_score_correction_bias.abs().tolist()) <= {0.0, float(torch.tensor(1e-3))}
+    layer.close()
 
 
 def test_links_lead_somewhere() -> None:

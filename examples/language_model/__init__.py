@@ -1,0 +1,1 @@
+"""The parts of example 03: model, text, training, comparison."""
