@@ -31,6 +31,10 @@ class GroupConfig:
         ranks_on_host: int = 0,
         chunk_rows: int = 0,
         slots: int = 0,
+        reorder: bool = False,
+        reorder_seed: int = 0,
+        reorder_drop_node: int = -1,
+        reorder_drop_after: int = 0,
     ) -> None: ...
 
 class Plan:

@@ -46,7 +46,23 @@ VARIABLES = (
         "cores / ranks of the host",
         "CPU kernel threads of this rank.",
     ),
+    Variable(
+        "MOE_EFA_REORDER",
+        "seed[,drop=NODE@N]",
+        "off",
+        "For tests, on all ranks: the rails between nodes deliver as badly as SRD may (held, cut, repeated, reordered, "
+        "refused for a while), as the seed says; with drop, node NODE is out of reach after N writes to it from a rank.",
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """MOE_EFA_REORDER; ``drop_node`` is -1 for none."""
+
+    seed: int
+    drop_node: int = -1
+    drop_after: int = 0
 
 
 def libfabric_path() -> str | None:
@@ -78,6 +94,18 @@ def num_threads(ranks_on_host: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"MOE_EFA_NUM_THREADS={text!r} is not a positive integer")
     return int(text)
+
+
+def reorder() -> Reorder | None:
+    """MOE_EFA_REORDER, or None. Raises ConfigError if it is not understood."""
+    text = os.environ.get("MOE_EFA_REORDER")
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,18})(?:,drop=(\d{1,4})@(\d{1,18}))?", text, re.ASCII)
+    if not found:
+        raise ConfigError(f"MOE_EFA_REORDER={text!r} is not a seed such as 7, or 7,drop=1@100")
+    seed, node, after = found.groups()
+    return Reorder(int(seed)) if node is None else Reorder(int(seed), int(node), int(after))
 
 
 def master_address() -> str | None:

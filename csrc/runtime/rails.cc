@@ -2,12 +2,15 @@
 
 #include "common/status.h"
 #include "transport/libfabric_rail.h"
+#include "transport/reorder_rail.h"
 #include "transport/shm_rail.h"
 
 namespace moe_efa::runtime {
 
-Rails open_rails(const GroupConfig& config, const transport::Segment& region, std::uint32_t max_inbound_events,
-                 std::uint32_t max_writes) {
+namespace {
+
+Rails open_plain_rails(const GroupConfig& config, const transport::Segment& region, std::uint32_t max_inbound_events,
+                       std::uint32_t max_writes) {
   const proto::Topology& topology = config.topology;
   Rails rails;
   if (config.transport == "libfabric") {
@@ -39,6 +42,25 @@ Rails open_rails(const GroupConfig& config, const transport::Segment& region, st
   }
   throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1,
                              "transport '" + config.transport + "' cannot join nodes: use libfabric or shm"});
+}
+
+}  // namespace
+
+Rails open_rails(const GroupConfig& config, const transport::Segment& region, std::uint32_t max_inbound_events,
+                 std::uint32_t max_writes) {
+  Rails rails = open_plain_rails(config, region, max_inbound_events, max_writes);
+  if (!config.reorder) return rails;
+  for (std::size_t nic = 0; nic < rails.rails.size(); ++nic) {
+    transport::ReorderConfig faults;
+    faults.seed = config.reorder_seed;
+    faults.rank = config.topology.rank;
+    faults.nic = static_cast<std::uint32_t>(nic);
+    faults.max_outstanding = max_writes;
+    faults.drop_node = config.reorder_drop_node;
+    faults.drop_after = config.reorder_drop_after;
+    rails.rails[nic] = std::make_unique<transport::ReorderRail>(std::move(rails.rails[nic]), faults);
+  }
+  return rails;
 }
 
 }  // namespace moe_efa::runtime

@@ -141,7 +141,7 @@ class LibfabricRail final : public Rail {
   std::uint64_t region_bytes_;
   std::uint32_t max_outstanding_;
   std::uint64_t max_write_bytes_ = 0;
-  std::uint64_t write_flags_ = FI_REMOTE_CQ_DATA | FI_COMPLETION;
+  std::uint64_t write_flags_ = FI_COMPLETION;
 
   std::vector<Operation> writes_, receives_;  // fixed at construction: the provider holds their addresses
   std::vector<Operation*> free_writes_, idle_receives_;
@@ -387,7 +387,8 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   message.rma_iov_count = 1;
   message.context = &operation->space;
   message.data = request.imm;
-  const ssize_t result = fi_writemsg(endpoint_.get(), &message, write_flags_);
+  const ssize_t result =
+      fi_writemsg(endpoint_.get(), &message, write_flags_ | (request.with_imm ? FI_REMOTE_CQ_DATA : 0));
   if (result == -FI_EAGAIN) return PostResult::kAgain;
   if (result < 0) [[unlikely]]
     throw_libfabric_error("fi_writemsg", result, where(request.peer_node));
@@ -451,6 +452,7 @@ bool LibfabricRail::read_error(RailEvent* event) {
   char text[256] = "";
   const char* provider_text = fi_cq_strerror(completions_.get(), entry.prov_errno, entry.err_data, text, sizeof(text));
   if (own) {
+    event->own_write = true;
     event->id = operation->id;
     event->peer_node = static_cast<int>(operation->peer_node);
   }
