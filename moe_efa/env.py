@@ -51,7 +51,7 @@ VARIABLES = (
         "seed[,drop=NODE@N]",
         "off",
         "For tests, on all ranks: the rails between nodes deliver as badly as SRD may (held, cut, repeated, reordered, "
-        "refused for a while), as the seed says; with drop, node NODE is out of reach after N writes to it from a rank.",
+        "refused for a while), as the seed says; with drop, a node is out of reach after N writes to it from a rank.",
     ),
 )
 
