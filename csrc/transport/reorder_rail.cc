@@ -68,7 +68,7 @@ ReorderDecision decide(const ReorderConfig& config, std::uint64_t number, std::u
     decision.delays[i] = draw_delay(draws);
   }
   decision.twice = decision.num_pieces > 1 && draws.one_in(4);
-  decision.twice_late = bytes > 0 && draws.one_in(8);
+  decision.twice_late = bytes > 0 && draws.one_in(8) && config.repeat_late;
   return decision;
 }
 

@@ -21,6 +21,8 @@ struct ReorderConfig {
   std::uint32_t max_outstanding = 64;  // writes accepted and not yet reported
   std::int32_t drop_node = -1;         // a peer that is out of reach after drop_after writes towards it
   std::uint64_t drop_after = 0;
+  // May a piece be placed again while the peer already reads it? The same bytes, yet a data race between threads.
+  bool repeat_late = true;
 };
 
 // What happens to one write.
