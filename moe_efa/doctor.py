@@ -6,10 +6,12 @@ Looks and measures nothing; the standalone benchmark (`moe-efa bench`) is the te
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import json
 import os
 import platform
 import resource
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +36,29 @@ class Problem:
     cure: str
 
 
-def examine(*, infiniband: Path = Path("/sys/class/infiniband"), shm: Path = Path("/dev/shm")) -> dict[str, Any]:
+def examine(
+    *,
+    infiniband: Path = Path("/sys/class/infiniband"),
+    shm: Path = Path("/dev/shm"),
+    verbs: Path = Path("/dev/infiniband"),
+) -> dict[str, Any]:
     """Facts about build and host, and ``problems``; ``ok`` says whether the standalone benchmark can run.
 
     Args:
-        infiniband, shm: where to look, for tests.
+        infiniband, shm, verbs: where to look, for tests.
     """
     build = libfabric.build_info()
-    providers = _C.libfabric_providers(**libfabric.search_path()) if build["libfabric_found"] else []
+    search, found = libfabric.search_path(), build["libfabric_found"]
+    providers = _C.libfabric_providers(**search) if found else []
+    efa_devices = find_efa_devices(infiniband)
     facts: dict[str, Any] = {
         "version": __version__,
         "build": {key: build[key] for key in ("protocol_version", "compiler", "cuda", "libfabric_built")},
         "libfabric": {key: build[f"libfabric_{key}"] for key in ("found", "path", "version", "error")},
         "providers": providers,
-        "efa_devices": find_efa_devices(infiniband),
+        "auto_provider": _C.libfabric_default_provider(**search) if found else "",
+        "efa_devices": efa_devices,
+        "missing_for_efa": find_missing_for_efa(efa_devices, providers, verbs, _memlock_bytes()),
         "shm": _shm_facts(shm),
         "memlock_bytes": _memlock_bytes(),
         "cores": len(os.sched_getaffinity(0)),
@@ -76,6 +87,29 @@ def find_efa_devices(infiniband: Path) -> list[str]:
     return names
 
 
+def find_missing_for_efa(
+    devices: list[str],
+    providers: list[str],
+    verbs: Path,
+    memlock_bytes: int | None,
+    find_library: Callable[[str], str | None] = ctypes.util.find_library,
+) -> list[str]:
+    """What this host lacks to use EFA, in words; empty if nothing."""
+    missing = []
+    if not devices:
+        missing.append("an EFA device")
+    absent = [f"lib{name}" for name in ("ibverbs", "efa") if find_library(name) is None]
+    if absent:
+        missing.append(f"rdma-core ({', '.join(absent)})")
+    if not verbs.is_dir():
+        missing.append(str(verbs))
+    if not any(provider.startswith("efa") for provider in providers):
+        missing.append("libfabric's efa provider, or a device that it can open")
+    if memlock_bytes is not None and memlock_bytes < _SHM_BYTES:
+        missing.append(f"locked memory ({_gib(memlock_bytes)} by ulimit -l, 1 GiB per rank)")
+    return missing
+
+
 def find_problems(facts: dict[str, Any]) -> list[Problem]:
     """What stands in the way, worst first."""
     problems: list[Problem] = []
@@ -97,8 +131,8 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
     elif not facts["libfabric"]["found"]:
         error(
             f"libfabric is not found: {facts['libfabric']['error'] or 'no libfabric.so.1 anywhere'}",
-            "EFA hosts: install the AWS EFA installer; elsewhere: apt-get install libfabric1, or pip install mpich, or "
-            "set MOE_EFA_LIBFABRIC; `moe-efa bench --transport shm` works meanwhile",
+            "EFA hosts: install the AWS EFA installer; elsewhere: apt-get install libfabric1, or pip install "
+            "'moe-efa[fabric]', or set MOE_EFA_LIBFABRIC; `moe-efa bench --transport shm` works meanwhile",
         )
     elif not providers:
         error("libfabric has no provider that could join nodes", "install a libfabric with the tcp or efa provider")
@@ -167,7 +201,9 @@ def format_table(facts: dict[str, Any]) -> str:
         ("libfabric headers", "built with" if build["libfabric_built"] else "built without"),
         ("libfabric", f"{library['version']} at {library['path']}" if library["found"] else "not found"),
         ("providers", ", ".join(facts["providers"]) or "none"),
+        ("between nodes", f"{facts['auto_provider'] or 'nothing'}, unless a provider is named"),
         ("EFA devices", f"{len(efa)}: {', '.join(efa)}" if efa else "none"),
+        ("missing for EFA", "; ".join(facts["missing_for_efa"]) or "nothing"),
         ("/dev/shm", f"{_gib(shm['free_bytes'])} free of {_gib(shm['bytes'])}" if shm else "absent"),
         ("locked memory", "unlimited" if memlock is None else f"at most {_gib(memlock)} (ulimit -l)"),
         ("cores", str(facts["cores"])),

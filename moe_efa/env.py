@@ -52,7 +52,23 @@ VARIABLES = (
         "536870912",
         "Memory of freed results on the CPU that a process keeps for the next ones; 0 keeps none.",
     ),
+    Variable(
+        "MOE_EFA_REORDER",
+        "seed[,drop=NODE@N]",
+        "off",
+        "For tests, on all ranks: the rails between nodes deliver as badly as SRD may (held, cut, repeated, reordered, "
+        "refused for a while), as the seed says; with drop, a node is out of reach after N writes to it from a rank.",
+    ),
 )
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """MOE_EFA_REORDER; ``drop_node`` is -1 for none."""
+
+    seed: int
+    drop_node: int = -1
+    drop_after: int = 0
 
 
 def libfabric_path() -> str | None:
@@ -94,6 +110,18 @@ def output_cache_bytes() -> int:
     if not text.isdecimal():
         raise ConfigError(f"MOE_EFA_OUTPUT_CACHE_BYTES={text!r} is not an integer >= 0")
     return int(text)
+
+
+def reorder() -> Reorder | None:
+    """MOE_EFA_REORDER, or None. Raises ConfigError if it is not understood."""
+    text = os.environ.get("MOE_EFA_REORDER")
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,18})(?:,drop=(\d{1,4})@(\d{1,18}))?", text, re.ASCII)
+    if not found:
+        raise ConfigError(f"MOE_EFA_REORDER={text!r} is not a seed such as 7, or 7,drop=1@100")
+    seed, node, after = found.groups()
+    return Reorder(int(seed)) if node is None else Reorder(int(seed), int(node), int(after))
 
 
 def master_address() -> str | None:

@@ -264,7 +264,20 @@ def native_config(config: ExpertParallelConfig, agreement: Agreement) -> _C.Grou
         ranks_on_host=agreement.ranks_on_host,
         chunk_rows=config.chunk_rows,
         slots=config.slots,
+        **_faults(),
     )
+
+
+def _faults() -> dict[str, Any]:
+    reorder = env.reorder()
+    if reorder is None:
+        return {}
+    return {
+        "reorder": True,
+        "reorder_seed": reorder.seed,
+        "reorder_drop_node": reorder.drop_node,
+        "reorder_drop_after": reorder.drop_after,
+    }
 
 
 def _abort(native: _C.Group, error: BaseException) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,14 @@ def test_installed_package(kind: str, request: pytest.FixtureRequest, folder: Pa
     assert found["typed"] == [True, True]
     assert found["version"][0] == found["version"][1] == found["build_info"]["version"]
     assert str(folder) not in found["clash"], "our folder answers to `import triton_kernels`"
+
+
+def test_extra_fabric_brings_a_libfabric(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = archive.read(name).decode()
+    assert "Provides-Extra: fabric" in metadata
+    assert re.search(r"^Requires-Dist: mpich>=5.*extra == .fabric", metadata, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", ["from_wheel", "editable"])

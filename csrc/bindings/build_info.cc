@@ -28,6 +28,13 @@ void bind_build_info(py::module_& module) {
       },
       py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{});
   module.def(
+      "libfabric_default_provider",
+      [](const std::string& libfabric, const std::vector<std::string>& hints) {
+        return transport::default_provider({libfabric, hints});
+      },
+      py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{},
+      py::call_guard<py::gil_scoped_release>());
+  module.def(
       "libfabric_providers",
       [](const std::string& libfabric, const std::vector<std::string>& hints) {
         return transport::available_providers({libfabric, hints});

@@ -84,6 +84,14 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.chunk_rows = py::cast<std::uint32_t>(value);
     else if (name == "slots")
       config.slots = py::cast<std::uint32_t>(value);
+    else if (name == "reorder")
+      config.reorder = py::cast<bool>(value);
+    else if (name == "reorder_seed")
+      config.reorder_seed = py::cast<std::uint64_t>(value);
+    else if (name == "reorder_drop_node")
+      config.reorder_drop_node = py::cast<std::int32_t>(value);
+    else if (name == "reorder_drop_after")
+      config.reorder_drop_after = py::cast<std::uint64_t>(value);
     else
       throw py::type_error("GroupConfig has no field '" + name + "'");
   }

@@ -38,6 +38,11 @@ struct GroupConfig {
   std::uint32_t ranks_on_host = 0;  // 0 = node_size; more where one host plays several nodes
   std::uint32_t chunk_rows = 0;     // 0 = derived from the budget
   std::uint32_t slots = 0;          // 0 = derived from the budget
+  // For tests: the rails reorder, with these faults (transport/reorder_rail.h).
+  bool reorder = false;
+  std::uint64_t reorder_seed = 0;
+  std::int32_t reorder_drop_node = -1;
+  std::uint64_t reorder_drop_after = 0;
 };
 
 struct Sizing {

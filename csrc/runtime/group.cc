@@ -84,8 +84,12 @@ Group::Group(const GroupConfig& config)
 }
 
 void Group::make_rails() {
-  std::uint64_t inbound = engine::max_inbound_events(sizing_.layout);
-  Rails rails = open_rails(config_, segment_, static_cast<std::uint32_t>(inbound), kWritesPerNic);
+  RailLimits limits;
+  limits.max_inbound_events = static_cast<std::uint32_t>(engine::max_inbound_events(sizing_.layout));
+  limits.max_writes = kWritesPerNic;
+  limits.max_write_bytes =
+      std::max({layout_.slot_bytes(Phase::kDispatch), layout_.slot_bytes(Phase::kCombine), layout_.counts_bytes()});
+  Rails rails = open_rails(config_, segment_, limits);
   rails_ = std::move(rails.rails);
   unlink_rails_ = std::move(rails.unlink);
   descriptors_ = std::make_unique<engine::DescriptorRing>(engine::max_descriptors(sizing_.layout));

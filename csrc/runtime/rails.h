@@ -16,7 +16,13 @@ struct Rails {
   std::function<void()> unlink;                         // once every peer has connected; may be empty
 };
 
-Rails open_rails(const GroupConfig& config, const transport::Segment& region, std::uint32_t max_inbound_events,
-                 std::uint32_t max_writes);
+// What the layout asks of each rail.
+struct RailLimits {
+  std::uint32_t max_inbound_events = 0;
+  std::uint32_t max_writes = 0;       // own, in flight
+  std::uint64_t max_write_bytes = 0;  // of one
+};
+
+Rails open_rails(const GroupConfig& config, const transport::Segment& region, const RailLimits& limits);
 
 }  // namespace moe_efa::runtime

@@ -75,7 +75,7 @@ PostResult Network::post(std::uint32_t rank, std::uint32_t nic, const WriteReque
       request.remote_offset + request.bytes > regions_[write.target_rank].size()) {
     throw Violation("a write outside its registrations");
   }
-  if (request.imm == 0) throw Violation("a write without an immediate");
+  if (request.imm == 0 || !request.with_imm) throw Violation("a write without an immediate");
   observer_.posted(write);
   ++inflight_[write.target_rank];
   inflight_high_water_ = std::max(inflight_high_water_, inflight_[write.target_rank]);
@@ -171,6 +171,7 @@ bool Network::step() {
       done.id = write.request.id;
       if (event.kind == Kind::kError || dead_[write.target_rank]) {
         done.kind = RailEvent::Kind::kError;
+        done.own_write = true;
         done.peer_node = static_cast<int>(write.request.peer_node);
         done.error = "write: remote side is gone";
       }

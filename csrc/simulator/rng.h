@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/random.h"
+
 namespace moe_efa::simulator {
 
 enum class Stream : std::uint64_t {
@@ -30,7 +32,7 @@ class Rng {
   Rng(std::uint64_t seed, Stream stream, std::uint64_t a = 0, std::uint64_t b = 0)
       : state_(mix(mix(mix(mix(seed) ^ static_cast<std::uint64_t>(stream)) ^ a) ^ (b + 0x51ed27ull))) {}
 
-  std::uint64_t next() { return mix(state_ += 0x9e3779b97f4a7c15ull); }
+  std::uint64_t next() { return mix(state_ += common::kMixStep); }
   std::uint64_t below(std::uint64_t bound) { return next() % bound; }
   // Both ends included.
   std::uint32_t between(std::uint32_t low, std::uint32_t high) {
@@ -41,11 +43,7 @@ class Rng {
   double exponential(double mean) { return -mean * std::log1p(-uniform()); }
 
  private:
-  static std::uint64_t mix(std::uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-  }
+  static std::uint64_t mix(std::uint64_t z) { return common::mix64(z); }
   std::uint64_t state_;
 };
 

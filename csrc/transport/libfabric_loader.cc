@@ -114,14 +114,15 @@ SignalGuard::~SignalGuard() {
   }
 }
 
-int LibfabricApi::getinfo(const char* node, std::uint64_t flags, const fi_info* hints, fi_info** out) const {
+int LibfabricApi::getinfo(std::uint32_t api_version, const char* node, std::uint64_t flags, const fi_info* hints,
+                          fi_info** out) const {
   std::lock_guard<std::mutex> lock(g_mutex);  // the guards below change process-wide state
   SignalGuard signals;
   VariableGuard plugins("FI_PROVIDER_PATH", provider_path);
   // The efa provider would open the shm provider beside it, for peers on this host: rails have none, and what it makes
   // in /dev/shm outlives a killed process. It reads this once, when it is loaded.
   VariableGuard no_shm("FI_EFA_ENABLE_SHM_TRANSFER", "0");
-  return getinfo_symbol(FI_VERSION(1, 17), node, nullptr, flags, hints, out);
+  return getinfo_symbol(api_version, node, nullptr, flags, hints, out);
 }
 
 std::string LibfabricApi::version_text() const {

@@ -71,8 +71,9 @@ struct LibfabricApi {
   std::uint32_t version = 0;  // FI_VERSION(major, minor) of the library
   std::string path;
 
-  // fi_getinfo under a SignalGuard, with FI_PROVIDER_PATH set if need be.
-  int getinfo(const char* node, std::uint64_t flags, const fi_info* hints, fi_info** out) const;
+  // fi_getinfo under a SignalGuard, with FI_PROVIDER_PATH set if need be. `api_version` decides a provider's rules.
+  int getinfo(std::uint32_t api_version, const char* node, std::uint64_t flags, const fi_info* hints,
+              fi_info** out) const;
   std::string version_text() const;
 
   decltype(&::fi_getinfo) getinfo_symbol = nullptr;

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
 #include <utility>
 #endif
 
@@ -20,6 +19,7 @@ namespace moe_efa::transport {
 
 std::vector<std::string> available_providers(const LibfabricSearch&) { return {}; }
 std::vector<std::string> available_nics(const LibfabricSearch&, const std::string&) { return {}; }
+std::string default_provider(const LibfabricSearch&) { return ""; }
 
 #else
 
@@ -29,46 +29,62 @@ using common::Status;
 using common::StatusCode;
 using common::StatusError;
 
-struct Candidate {
-  const char* provider;
-  const char* fabric;  // nullptr: any
-};
+constexpr std::uint64_t kModes = FI_CONTEXT | FI_CONTEXT2 | FI_RX_CQ_DATA;  // what this rail can live with
 
-// In order of preference.
-std::vector<Candidate> candidates(const std::string& provider) {
-  if (provider.empty()) {
-    std::vector<Candidate> all = candidates("efa");
-    for (const Candidate& candidate : candidates("tcp")) all.push_back(candidate);
-    return all;
-  }
-  // One libfabric call per device command, no emulation; the `efa` fabric is the fallback of older libraries.
-  if (provider == "efa") return {{"efa", "efa-direct"}, {"efa", "efa"}};
-  if (provider == "efa-direct") return {{"efa", "efa-direct"}};
-  // Native reliable datagrams are `tcp` in 2.x and `net` in 1.17, whose `tcp` has connections only.
-  if (provider == "tcp") return {{"tcp", nullptr}, {"net", nullptr}, {"tcp;ofi_rxm", nullptr}};
-  if (provider == "verbs") return {{"verbs;ofi_rxm", nullptr}};
-  return {{provider.c_str(), nullptr}};
+bool speaks_ip(const std::string& provider) {
+  return provider.find("tcp") != std::string::npos || provider == "net" || provider == "sockets" ||
+         provider.find("udp") != std::string::npos;
 }
 
-bool is_efa(const char* provider) { return std::strcmp(provider, "efa") == 0; }
+const char* text(const char* string) { return string != nullptr ? string : ""; }
 
-bool speaks_ip(const char* provider) {
-  return std::strstr(provider, "tcp") != nullptr || std::strcmp(provider, "net") == 0 ||
-         std::strcmp(provider, "sockets") == 0 || std::strstr(provider, "udp") != nullptr;
+EndpointFacts facts_of(const fi_info& info) {
+  const std::uint64_t mode = info.mode | info.tx_attr->mode | info.rx_attr->mode | info.domain_attr->mode;
+  EndpointFacts facts;
+  facts.provider = text(info.fabric_attr->prov_name);
+  facts.fabric = text(info.fabric_attr->name);
+  facts.domain = text(info.domain_attr->name);
+  facts.consumes_receives = (mode & FI_RX_CQ_DATA) != 0;
+  facts.foreign_mode = mode & ~kModes;
+  facts.device_memory = (info.caps & FI_HMEM) != 0;
+  facts.cq_data_bytes = info.domain_attr->cq_data_size;
+  facts.tx_size = info.tx_attr->size;
+  facts.rx_size = info.rx_attr->size;
+  facts.max_write_bytes = info.ep_attr->max_msg_size;
+  facts.rma_iov_limit = info.tx_attr->rma_iov_limit;
+  return facts;
+}
+
+std::vector<const fi_info*> entries_of(const InfoPtr& list) {
+  std::vector<const fi_info*> entries;
+  for (const fi_info* info = list.get(); info != nullptr; info = info->next) entries.push_back(info);
+  return entries;
+}
+
+std::vector<EndpointFacts> facts_of(const std::vector<const fi_info*>& entries) {
+  std::vector<EndpointFacts> facts;
+  for (const fi_info* info : entries) facts.push_back(facts_of(*info));
+  return facts;
 }
 
 // Everything that could carry a rail; with a provider's name only that provider is asked (a full scan takes 0.3 s).
-InfoPtr query(const LibfabricApi& api, const char* provider, const std::string& source_address) {
+InfoPtr query(const LibfabricApi& api, const std::string& provider, const std::string& source_address,
+              bool device_memory = false) {
   InfoPtr hints(api.dupinfo(nullptr), FreeInfo{&api});
   hints->caps = FI_MSG | FI_RMA;
-  hints->mode = FI_CONTEXT | FI_CONTEXT2 | FI_RX_CQ_DATA;
+  // `efa-direct` demands FI_CONTEXT2; FI_RX_CQ_DATA makes posted receives its credits.
+  hints->mode = kModes;
   hints->ep_attr->type = FI_EP_RDM;
   hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY | FI_MR_ENDPOINT;
+  if (device_memory) {
+    hints->caps |= FI_HMEM;
+    hints->domain_attr->mr_mode |= FI_MR_HMEM;
+  }
   hints->domain_attr->threading = FI_THREAD_DOMAIN;
   hints->domain_attr->cq_data_size = sizeof(std::uint32_t);
   const char* node = nullptr;
-  if (provider != nullptr) {
-    hints->fabric_attr->prov_name = ::strdup(provider);  // freeinfo frees it
+  if (!provider.empty()) {
+    hints->fabric_attr->prov_name = ::strdup(provider.c_str());  // freeinfo frees it
     // Without it these providers report success for data that they dropped.
     if (!is_efa(provider)) hints->tx_attr->op_flags = FI_DELIVERY_COMPLETE;
     if (speaks_ip(provider)) {
@@ -76,29 +92,11 @@ InfoPtr query(const LibfabricApi& api, const char* provider, const std::string& 
       if (!source_address.empty()) node = source_address.c_str();
     }
   }
+  const ApiVersion version = api_version_for(provider, {FI_MAJOR(api.version), FI_MINOR(api.version)});
   fi_info* list = nullptr;
-  if (api.getinfo(node, node != nullptr ? FI_SOURCE : 0, hints.get(), &list) != 0) list = nullptr;
+  const std::uint64_t flags = node != nullptr ? FI_SOURCE : 0;
+  if (api.getinfo(FI_VERSION(version.major, version.minor), node, flags, hints.get(), &list) != 0) list = nullptr;
   return InfoPtr(list, FreeInfo{&api});
-}
-
-bool matches(const fi_info& info, const Candidate& candidate) {
-  return std::strcmp(info.fabric_attr->prov_name, candidate.provider) == 0 &&
-         (candidate.fabric == nullptr || std::strcmp(info.fabric_attr->name, candidate.fabric) == 0);
-}
-
-// One entry per NIC, in the provider's order.
-std::vector<const fi_info*> nics(const fi_info* list, const Candidate& candidate) {
-  std::vector<const fi_info*> found;
-  std::set<std::string> names;
-  for (const fi_info* info = list; info != nullptr; info = info->next) {
-    if (matches(*info, candidate) && names.insert(info->domain_attr->name).second) found.push_back(info);
-  }
-  return found;
-}
-
-std::string label_of(const fi_info& info) {
-  const char* provider = info.fabric_attr->prov_name;
-  return is_efa(provider) ? info.fabric_attr->name : provider;
 }
 
 [[noreturn]] void throw_config(const std::string& message) {
@@ -118,54 +116,69 @@ ProviderChoice choose_provider(const LibfabricApi& api, const LibfabricRailConfi
   if (config.provider == "shm") {
     throw_config(where + ": libfabric's shm provider is not reliable enough; use the library's own shared memory");
   }
-  const char* queried = "";
-  std::string tried;
-  for (const Candidate& candidate : candidates(config.provider)) {
-    if (std::strcmp(queried, candidate.provider) != 0) {
-      list = query(api, candidate.provider, config.source_address);
+  const bool device_memory = config.memory.kind != MemoryDescriptor::Kind::kSystem;
+  if (config.memory.dmabuf_fd >= 0 && api.version < FI_VERSION(1, 20)) {
+    throw_config(where + ": dma-buf registration needs libfabric 1.20 or newer, this is " + library);
+  }
+  std::string queried, tried;
+  std::vector<const fi_info*> entries;
+  std::vector<EndpointFacts> facts;
+  for (const ProviderCandidate& candidate : provider_candidates(config.provider)) {
+    if (queried != candidate.provider) {
+      list = query(api, candidate.provider, config.source_address, device_memory);
+      entries = entries_of(list);
+      facts = facts_of(entries);
       queried = candidate.provider;
     }
-    const std::string name = candidate.fabric != nullptr ? candidate.fabric : candidate.provider;
-    tried += tried.empty() ? name : ", " + name;
-    const std::vector<const fi_info*> found = nics(list.get(), candidate);
+    tried += tried.empty() ? candidate.name() : ", " + candidate.name();
+    const std::vector<std::size_t> found = nics_of(facts, candidate);
     if (found.empty()) continue;
-    const bool efa = is_efa(candidate.provider);
-    // An interface is shared by any number of software endpoints, a NIC belongs to one rail.
-    const bool by_index = efa || std::strstr(candidate.provider, "verbs") != nullptr;
-    const std::size_t nic = by_index ? config.nic_index : 0;
+    const std::size_t nic = chosen_by_nic(candidate.provider) ? config.nic_index : 0;
     if (nic >= found.size()) {
-      throw_config(where + ": NIC " + std::to_string(nic) + " asked for, but " + name + " of " + library + " has " +
-                   std::to_string(found.size()));
+      throw_config(where + ": NIC " + std::to_string(nic) + " asked for, but " + candidate.name() + " of " + library +
+                   " has " + std::to_string(found.size()));
     }
     ProviderChoice choice;
-    choice.info = InfoPtr(api.dupinfo(found[nic]), FreeInfo{&api});
-    choice.label = label_of(*choice.info);
-    choice.is_efa = efa;
+    choice.info = InfoPtr(api.dupinfo(entries[found[nic]]), FreeInfo{&api});
+    choice.facts = facts[found[nic]];
     return choice;
   }
   std::string source = config.source_address.empty() ? "" : " at source address " + config.source_address;
-  throw_config(where + ": no provider for reliable datagrams with RDMA write" + source + " in " + library +
+  throw_config(where + ": no provider for reliable datagrams with RDMA write" +
+               (device_memory ? " from and to GPU memory (FI_HMEM)" : "") + source + " in " + library +
                "; tried: " + tried);
 }
 
 std::vector<std::string> available_providers(const LibfabricSearch& search) {
   std::vector<std::string> names;
   if (!libfabric_info(search).found) return names;
-  InfoPtr list = query(load_libfabric(search), nullptr, "");
-  for (const fi_info* info = list.get(); info != nullptr; info = info->next) {
-    const std::string name = label_of(*info);
+  InfoPtr list = query(load_libfabric(search), "", "");
+  for (const EndpointFacts& facts : facts_of(entries_of(list))) {
+    const std::string name = label_of(facts);
     if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   }
   return names;
+}
+
+std::string default_provider(const LibfabricSearch& search) {
+  if (!libfabric_info(search).found) return "";
+  LibfabricRailConfig config;
+  config.search = search;
+  try {
+    return label_of(choose_provider(load_libfabric(search), config).facts);
+  } catch (const StatusError&) {
+    return "";
+  }
 }
 
 std::vector<std::string> available_nics(const LibfabricSearch& search, const std::string& provider) {
   std::vector<std::string> names;
   if (!libfabric_info(search).found) return names;
   const LibfabricApi& api = load_libfabric(search);
-  for (const Candidate& candidate : candidates(provider)) {
+  for (const ProviderCandidate& candidate : provider_candidates(provider)) {
     InfoPtr list = query(api, candidate.provider, "");
-    for (const fi_info* info : nics(list.get(), candidate)) names.push_back(info->domain_attr->name);
+    const std::vector<EndpointFacts> facts = facts_of(entries_of(list));
+    for (std::size_t nic : nics_of(facts, candidate)) names.push_back(facts[nic].domain);
     if (!names.empty()) break;
   }
   return names;

@@ -1,6 +1,7 @@
 // Chooses what a LibfabricRail opens: provider, fabric and NIC. Internal to the libfabric files.
 #pragma once
 
+#include "transport/libfabric_choice.h"
 #include "transport/libfabric_rail.h"
 
 #if MOE_EFA_HAVE_LIBFABRIC
@@ -14,9 +15,8 @@ struct FreeInfo {
 using InfoPtr = std::unique_ptr<fi_info, FreeInfo>;
 
 struct ProviderChoice {
-  InfoPtr info;       // exactly one entry
-  std::string label;  // provider name; "efa-direct" for the fabric of that name. Equal on ranks that can talk
-  bool is_efa = false;
+  InfoPtr info;  // exactly one entry
+  EndpointFacts facts;
 };
 
 // Throws StatusError(kConfig) naming what was looked for.

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/status.h"
+#include "transport/libfabric_memory.h"
 #include "transport/libfabric_provider.h"
 
 #if MOE_EFA_HAVE_LIBFABRIC
@@ -47,14 +48,6 @@ std::unique_ptr<Rail> make_libfabric_rail(const LibfabricRailConfig& config) {
 #else
 
 namespace {
-
-// Endpoint options that headers of API 1.17 lack. Values are libfabric's ABI.
-constexpr int kOptCudaApiPermitted = 10;       // bool
-constexpr int kOptSharedMemoryPermitted = 11;  // bool
-constexpr int kOptMaxRmaSize = 14;             // size_t
-constexpr int kOptEfaBase = -(0xefa << 16);
-constexpr int kOptEfaEmulatedWrite = kOptEfaBase + 2;            // bool
-constexpr int kOptEfaUseUnsolicitedWriteRecv = kOptEfaBase + 8;  // bool
 
 constexpr std::uint64_t kRequestedKey = 0x6d6f65;  // where the application chooses keys; one region per domain
 constexpr std::uint64_t kScratchKey = 0x6d6f66;
@@ -122,12 +115,16 @@ class LibfabricRail final : public Rail {
   std::string describe() const override;
 
  private:
+  std::string label() const { return label_of(choice_.facts); }
   std::string where() const { return "rail " + std::to_string(rail_index_) + " (" + describe() + ")"; }
   std::string where(std::uint32_t node) const { return where() + ", peer node " + std::to_string(node); }
   void open(const LibfabricRailConfig& config);
-  void set_efa_options();
+  void refuse_unfit(const EndpointFacts& facts, const RailNeeds& needs) const;
+  std::uint64_t size_option(int option, std::uint64_t otherwise) const;
+  void set_efa_options(const RailNeeds& needs);
   void check_efa_writes();
-  FidPtr<fid_mr> register_memory(void* memory, std::uint64_t bytes, std::uint64_t access, std::uint64_t key);
+  FidPtr<fid_mr> register_memory(void* memory, std::uint64_t bytes, std::uint64_t access, std::uint64_t key,
+                                 const MemoryDescriptor& descriptor);
   void read_endpoint_name();
   void post_receives();
   const Peer& checked_peer(const WriteRequest& request) const;
@@ -141,7 +138,7 @@ class LibfabricRail final : public Rail {
   std::uint64_t region_bytes_;
   std::uint32_t max_outstanding_;
   std::uint64_t max_write_bytes_ = 0;
-  std::uint64_t write_flags_ = FI_REMOTE_CQ_DATA | FI_COMPLETION;
+  std::uint64_t write_flags_ = FI_COMPLETION;
 
   std::vector<Operation> writes_, receives_;  // fixed at construction: the provider holds their addresses
   std::vector<Operation*> free_writes_, idle_receives_;
@@ -181,12 +178,12 @@ LibfabricRail::~LibfabricRail() {
 void LibfabricRail::open(const LibfabricRailConfig& config) {
   SignalGuard signals;
   fi_info* info = choice_.info.get();
-  if (info->domain_attr->cq_data_size < sizeof(std::uint32_t)) {
-    throw_status(StatusCode::kConfig, where() + ": immediates of " + std::to_string(info->domain_attr->cq_data_size) +
-                                          " bytes, 4 are needed");
-  }
-  max_outstanding_ = static_cast<std::uint32_t>(std::min<std::uint64_t>(max_outstanding_, info->tx_attr->size));
-  if (!choice_.is_efa) write_flags_ |= FI_DELIVERY_COMPLETE;  // efa's completion is the remote NIC's own word
+  const EndpointFacts& facts = choice_.facts;
+  const RailNeeds needs = {config.max_remote_events, config.max_outstanding, config.max_write_bytes,
+                           config.memory.kind != MemoryDescriptor::Kind::kSystem};
+  refuse_unfit(facts, needs);
+  max_outstanding_ = static_cast<std::uint32_t>(outstanding_writes(facts, needs));
+  if (!is_efa(facts.provider)) write_flags_ |= FI_DELIVERY_COMPLETE;  // efa's completion is the remote NIC's own word
 
   fid_fabric* fabric = nullptr;
   FI_CHECK(api_.fabric(info->fabric_attr, &fabric, nullptr), where());
@@ -203,7 +200,7 @@ void LibfabricRail::open(const LibfabricRailConfig& config) {
   addresses_.reset(av);
 
   fi_cq_attr cq_attr = {};
-  cq_attr.size = std::size_t{config.max_remote_events} + max_outstanding_;
+  cq_attr.size = completion_entries(facts, needs);
   cq_attr.format = FI_CQ_FORMAT_DATA;
   cq_attr.wait_obj = FI_WAIT_NONE;
   fid_cq* cq = nullptr;
@@ -215,15 +212,19 @@ void LibfabricRail::open(const LibfabricRailConfig& config) {
   endpoint_.reset(endpoint);
   FI_CHECK(fi_ep_bind(endpoint, &av->fid, 0), where());
   FI_CHECK(fi_ep_bind(endpoint, &cq->fid, FI_TRANSMIT | FI_RECV), where());
-  if (choice_.is_efa) set_efa_options();
+  if (is_efa(facts.provider)) set_efa_options(needs);
   FI_CHECK(fi_enable(endpoint), where());
-  if (choice_.is_efa) check_efa_writes();
+  if (is_efa(facts.provider)) check_efa_writes();
+  // The opened endpoint knows better than fi_getinfo did.
+  EndpointFacts opened = facts;
+  opened.max_write_bytes = size_option(kOptMaxRmaSize, facts.max_write_bytes);
+  if (is_efa(facts.provider)) opened.tx_size = std::min(facts.tx_size, size_option(kOptTxSize, facts.tx_size));
+  refuse_unfit(opened, needs);
+  max_write_bytes_ = opened.max_write_bytes;
+  max_outstanding_ = static_cast<std::uint32_t>(outstanding_writes(opened, needs));
   read_endpoint_name();
 
-  memory_ = register_memory(region_, region_bytes_, FI_WRITE | FI_REMOTE_WRITE, kRequestedKey);
-  std::size_t max_rma = 0, option_bytes = sizeof(max_rma);
-  const bool told = fi_getopt(&endpoint->fid, FI_OPT_ENDPOINT, kOptMaxRmaSize, &max_rma, &option_bytes) == 0;
-  max_write_bytes_ = told && max_rma > 0 ? max_rma : info->ep_attr->max_msg_size;
+  memory_ = register_memory(region_, region_bytes_, FI_WRITE | FI_REMOTE_WRITE, kRequestedKey, config.memory);
 
   writes_.resize(max_outstanding_);
   free_writes_.reserve(writes_.size());
@@ -231,29 +232,43 @@ void LibfabricRail::open(const LibfabricRailConfig& config) {
     operation.is_write = true;
     free_writes_.push_back(&operation);
   }
-  if (((info->mode | info->rx_attr->mode) & FI_RX_CQ_DATA) != 0) {  // every immediate consumes a receive
-    scratch_memory_ = register_memory(scratch_, kScratchBytes, FI_RECV, kScratchKey);
-    receives_.resize(std::min<std::size_t>(config.max_remote_events, info->rx_attr->size));
+  if (posted_receives(facts, needs) > 0) {
+    scratch_memory_ = register_memory(scratch_, kScratchBytes, FI_RECV, kScratchKey, {});
+    receives_.resize(posted_receives(facts, needs));
     for (Operation& operation : receives_) {
       operation.is_write = false;
       idle_receives_.push_back(&operation);
     }
     post_receives();
+    if (!idle_receives_.empty()) {  // a peer that knows the address may write as many immediates as were promised
+      throw_status(StatusCode::kTransport, where() + ": only " +
+                                               std::to_string(receives_.size() - idle_receives_.size()) + " of " +
+                                               std::to_string(receives_.size()) + " receives could be posted");
+    }
   }
 }
 
-void LibfabricRail::set_efa_options() {
-  auto forbid = [this](int option) {
-    const bool value = false;
-    const int result = fi_setopt(&endpoint_->fid, FI_OPT_ENDPOINT, option, &value, sizeof(value));
-    // Unknown to this library or impossible on this device; what matters is asserted after enabling.
-    if (result == -FI_ENOPROTOOPT || result == -FI_EOPNOTSUPP || result == -FI_ENOSYS) return;
-    if (result < 0) throw_libfabric_error("fi_setopt", result, where() + ", option " + std::to_string(option));
-  };
-  forbid(kOptSharedMemoryPermitted);
-  forbid(kOptCudaApiPermitted);
-  // With unsolicited receives nothing pushes back when the completion queue overruns; posted receives do.
-  forbid(kOptEfaUseUnsolicitedWriteRecv);
+void LibfabricRail::refuse_unfit(const EndpointFacts& facts, const RailNeeds& needs) const {
+  const std::string why = unfit(facts, needs);
+  if (!why.empty()) throw_status(StatusCode::kConfig, where() + ": " + why);
+}
+
+std::uint64_t LibfabricRail::size_option(int option, std::uint64_t otherwise) const {
+  std::size_t value = 0, bytes = sizeof(value);
+  const bool told = fi_getopt(&endpoint_->fid, FI_OPT_ENDPOINT, option, &value, &bytes) == 0;
+  return told && value > 0 ? value : otherwise;
+}
+
+void LibfabricRail::set_efa_options(const RailNeeds& needs) {
+  for (const EndpointOption& option : efa_options(choice_.facts, needs)) {
+    const bool flag = option.value != 0;
+    const int result = option.is_bool ? fi_setopt(&endpoint_->fid, FI_OPT_ENDPOINT, option.number, &flag, sizeof(flag))
+                                      : fi_setopt(&endpoint_->fid, FI_OPT_ENDPOINT, option.number, &option.value,
+                                                  sizeof(option.value));
+    if (result == 0 || option.required_for == nullptr) continue;
+    throw_status(StatusCode::kConfig, where() + ": " + option.required_for + " is not possible here: " + option.name +
+                                          " was refused: " + libfabric_error_text(result));
+  }
 }
 
 void LibfabricRail::check_efa_writes() {
@@ -266,9 +281,10 @@ void LibfabricRail::check_efa_writes() {
 }
 
 FidPtr<fid_mr> LibfabricRail::register_memory(void* memory, std::uint64_t bytes, std::uint64_t access,
-                                              std::uint64_t key) {
+                                              std::uint64_t key, const MemoryDescriptor& descriptor) {
   fid_mr* mr = nullptr;
-  FI_CHECK(fi_mr_reg(domain_.get(), memory, bytes, access, 0, key, 0, &mr, nullptr),
+  const Registration registration(memory, bytes, access, key, descriptor);
+  FI_CHECK(fi_mr_regattr(domain_.get(), &registration.attributes(), registration.flags(), &mr),
            where() << ", " << bytes << " bytes (is `ulimit -l` large enough?)");
   FidPtr<fid_mr> owner(mr);
   if ((choice_.info->domain_attr->mr_mode & FI_MR_ENDPOINT) != 0) {
@@ -286,7 +302,7 @@ void LibfabricRail::read_endpoint_name() {
 }
 
 std::string LibfabricRail::describe() const {
-  return "libfabric " + choice_.label + " " + api_.version_text() + " on " + choice_.info->domain_attr->name;
+  return "libfabric " + label() + " " + api_.version_text() + " on " + choice_.info->domain_attr->name;
 }
 
 std::vector<std::byte> LibfabricRail::local_address() const {
@@ -298,7 +314,7 @@ std::vector<std::byte> LibfabricRail::local_address() const {
   header.key = fi_mr_key(memory_.get());
   header.region_bytes = region_bytes_;
   header.name_bytes = static_cast<std::uint32_t>(endpoint_name_.size());
-  choice_.label.copy(header.provider, sizeof(header.provider) - 1);
+  label().copy(header.provider, sizeof(header.provider) - 1);
   std::vector<std::byte> address(sizeof(header) + endpoint_name_.size());
   std::memcpy(address.data(), &header, sizeof(header));
   std::memcpy(address.data() + sizeof(header), endpoint_name_.data(), endpoint_name_.size());
@@ -316,13 +332,12 @@ void LibfabricRail::add_peer(std::uint32_t node, std::span<const std::byte> addr
   }
   header.provider[sizeof(header.provider) - 1] = '\0';
   const std::uint32_t own_version = choice_.info->fabric_attr->prov_version;
-  if (choice_.label.compare(0, sizeof(header.provider) - 1, header.provider) != 0 ||
-      header.provider_version != own_version) {
+  if (label().compare(0, sizeof(header.provider) - 1, header.provider) != 0 || header.provider_version != own_version) {
     auto name = [](const std::string& provider, std::uint32_t version) {
       return provider + " " + std::to_string(FI_MAJOR(version)) + "." + std::to_string(FI_MINOR(version));
     };
     refuse("it runs provider " + name(header.provider, header.provider_version) + ", here it is " +
-           name(choice_.label, own_version) + "; all nodes need the same libfabric");
+           name(label(), own_version) + "; all nodes need the same libfabric");
   }
   if (header.cq_data_bytes != choice_.info->domain_attr->cq_data_size) {
     refuse("its immediates have " + std::to_string(header.cq_data_bytes) + " bytes, here " +
@@ -387,7 +402,8 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   message.rma_iov_count = 1;
   message.context = &operation->space;
   message.data = request.imm;
-  const ssize_t result = fi_writemsg(endpoint_.get(), &message, write_flags_);
+  const ssize_t result =
+      fi_writemsg(endpoint_.get(), &message, write_flags_ | (request.with_imm ? FI_REMOTE_CQ_DATA : 0));
   if (result == -FI_EAGAIN) return PostResult::kAgain;
   if (result < 0) [[unlikely]]
     throw_libfabric_error("fi_writemsg", result, where(request.peer_node));
@@ -451,6 +467,7 @@ bool LibfabricRail::read_error(RailEvent* event) {
   char text[256] = "";
   const char* provider_text = fi_cq_strerror(completions_.get(), entry.prov_errno, entry.err_data, text, sizeof(text));
   if (own) {
+    event->own_write = true;
     event->id = operation->id;
     event->peer_node = static_cast<int>(operation->peer_node);
   }
@@ -458,6 +475,8 @@ bool LibfabricRail::read_error(RailEvent* event) {
                  " failed: " + libfabric_error_text(entry.err) +
                  ", provider: " + (provider_text != nullptr ? provider_text : "") + " (" +
                  std::to_string(entry.prov_errno) + ")";
+  const std::string status = is_efa(choice_.facts.provider) ? efa_status_text(entry.prov_errno) : "";
+  if (!status.empty()) event->error += ": " + status;
   return true;
 }
 

@@ -14,12 +14,24 @@
 
 namespace moe_efa::transport {
 
+// What the region is. A GPU's memory is registered by address where the kernel knows it (peer memory), else as a
+// dma-buf (libfabric >= 1.20); `region` is its device address then, and is never dereferenced.
+struct MemoryDescriptor {
+  enum class Kind { kSystem, kCuda };
+  Kind kind = Kind::kSystem;
+  int device = 0;                   // CUDA's number of the GPU
+  int dmabuf_fd = -1;               // stays open until the rail is made
+  std::uint64_t dmabuf_offset = 0;  // of the region's first byte
+};
+
 struct LibfabricRailConfig {
   LibfabricSearch search;
   std::string provider;         // "efa", "efa-direct", "tcp", "verbs", or a name as fi_info prints it;
                                 // empty: efa where there is a device, else tcp
   std::byte* region = nullptr;  // stays mapped until the rail is destroyed
   std::uint64_t region_bytes = 0;
+  MemoryDescriptor memory;
+  std::uint64_t max_write_bytes = 0;       // the longest write that will be posted
   std::uint32_t num_peers = 1;             // add_peer calls to expect
   std::uint32_t max_outstanding = 128;     // own writes in flight; the provider's queue may lower it
   std::uint32_t max_remote_events = 1024;  // immediates in flight towards this rail (I12): sizes the completion
@@ -35,6 +47,9 @@ std::unique_ptr<Rail> make_libfabric_rail(const LibfabricRailConfig& config);
 // Providers on this host that could carry a rail, as fi_info names them, "efa-direct" apart from "efa". Empty
 // without libfabric. Scans everything: takes a second.
 std::vector<std::string> available_providers(const LibfabricSearch& search);
+
+// The provider that an empty name stands for here, as fi_info names it; empty if none would do.
+std::string default_provider(const LibfabricSearch& search);
 
 // NICs of a provider in the order of nic_index: domain names such as "rdmap0s6-rdm" or "eth0". Empty without any.
 std::vector<std::string> available_nics(const LibfabricSearch& search, const std::string& provider);

@@ -57,7 +57,7 @@ bool Pump::poll_rails() {
           engine_.on_begun(phase, load_acquire(view_.own_word(view_.layout.begun(phase))));
         }
         engine_.on_remote_imm(event.imm, event.bytes);
-      } else if (event.peer_node >= 0 && peer_left(static_cast<std::uint32_t>(event.peer_node), true)) {
+      } else if (event.own_write && peer_left(static_cast<std::uint32_t>(event.peer_node), true)) {
         engine_.on_write_done(event.id);
       } else {
         int rank = event.peer_node < 0

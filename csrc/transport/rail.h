@@ -1,5 +1,6 @@
 // Rail: one NIC endpoint of one rank. Writes go to the rail peers' regions; nothing here knows the protocol.
-// Driven by one thread at a time. Implementations: libfabric_rail, shm_rail, the simulator's rail.
+// Driven by one thread at a time. Implementations: libfabric_rail, shm_rail, the simulator's rail;
+// reorder_rail around any of them.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,8 @@
 
 namespace moe_efa::transport {
 
-// One RDMA write with a 32-bit immediate. bytes may be 0 (immediate only; the offsets stay valid).
+// One RDMA write with a 32-bit immediate. bytes may be 0 (immediate only; the offsets stay valid). The protocol never
+// writes without an immediate; a rail that cuts writes in pieces does.
 struct WriteRequest {
   std::uint32_t peer_node = 0;
   std::uint32_t bytes = 0;
@@ -20,6 +22,7 @@ struct WriteRequest {
   std::uint64_t remote_offset = 0;  // in the peer's region
   std::uint32_t imm = 0;
   std::uint64_t id = 0;  // comes back in the completion
+  bool with_imm = true;  // else nothing is reported at the peer
 };
 
 enum class PostResult { kPosted, kAgain };  // kAgain: nothing was sent, poll and try again
@@ -27,9 +30,10 @@ enum class PostResult { kPosted, kAgain };  // kAgain: nothing was sent, poll an
 struct RailEvent {
   enum class Kind { kWriteDone, kRemoteImm, kError };
   Kind kind = Kind::kWriteDone;
-  std::uint64_t id = 0;     // kWriteDone
+  std::uint64_t id = 0;     // kWriteDone; kError of an own write
   std::uint32_t imm = 0;    // kRemoteImm
   std::uint32_t bytes = 0;  // kRemoteImm; 0 where the provider does not tell
+  bool own_write = false;   // kError: the write `id`, posted here, has failed and is over
   int peer_node = -1;       // kError: the peer, when known
   std::string error;        // kError: failing call and the library's text
 };

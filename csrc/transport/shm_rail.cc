@@ -128,7 +128,7 @@ PostResult ShmRail::post_write(const WriteRequest& request) {
                 "write of " << request.bytes << " bytes from " << request.local_offset << " to "
                             << request.remote_offset << " of node " << request.peer_node << " leaves a region");
   if (done_tail_ - done_head_ == kMaxDone) return PostResult::kAgain;  // the completion queue: poll first
-  if (peer.tail - peer.head == entries_) {
+  if (request.with_imm && peer.tail - peer.head == entries_) {
     // Acquire: pairs with the reader's release of `head`; what it has read may be overwritten.
     peer.head = common::load_acquire(&peer.ring->head);
     if (peer.tail - peer.head > entries_) {
@@ -141,9 +141,11 @@ PostResult ShmRail::post_write(const WriteRequest& request) {
   if (request.bytes > 0) {
     std::memcpy(peer.region.data() + request.remote_offset, config_.region + request.local_offset, request.bytes);
   }
-  peer.ring->entries[peer.tail & (entries_ - 1)] = {request.imm, request.bytes};
-  // Release: publishes the copied bytes and the entry to the peer that acquires `tail`.
-  common::store_release(&peer.ring->tail, ++peer.tail);
+  if (request.with_imm) {
+    peer.ring->entries[peer.tail & (entries_ - 1)] = {request.imm, request.bytes};
+    // Release: publishes the copied bytes and the entry to the peer that acquires `tail`.
+    common::store_release(&peer.ring->tail, ++peer.tail);
+  }
   // Reported by a later poll(), so after the immediate is visible.
   done_[done_tail_++ % kMaxDone] = request.id;
   return PostResult::kPosted;

@@ -1,13 +1,15 @@
 """Builds csrc/ (without the bindings) and every test_*.cc below this folder with sanitizers; each program is one test.
 
-Objects are kept in build/native-tests, so only what changed is compiled again. MOE_EFA_MUTANTS is defined: the wrong
-variants of the protocol (csrc/common/mutant.h) exist here, so that tests can show that they are caught.
+Tests whose names end in _threads are built with a thread sanitizer, and with the sources that they need. Objects are
+kept in build/native-tests and build/thread-tests, so only what changed is compiled again. MOE_EFA_MUTANTS is defined:
+the wrong variants of the protocol (csrc/common/mutant.h) exist here, so that tests can show that they are caught.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -19,9 +21,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-SOURCES = sorted(path.relative_to(ROOT) for path in HERE.rglob("test_*.cc"))
+ALL_SOURCES = sorted(path.relative_to(ROOT) for path in HERE.rglob("test_*.cc"))
+SOURCES = [path for path in ALL_SOURCES if not path.stem.endswith("_threads")]
+THREAD_SOURCES = [path for path in ALL_SOURCES if path.stem.endswith("_threads")]
 FOLDER = ROOT / "build" / "native-tests"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREAD_FOLDER = ROOT / "build" / "thread-tests"
+THREAD_SANITIZER = ["-fsanitize=thread"]
+# Everything that runs where ranks are threads: no processes, sockets or libfabric.
+THREAD_LIBRARY = re.compile(
+    r"csrc/(engine|kernels/cpu)/|csrc/transport/(pump|reorder_rail)|csrc/runtime/(driver|thread_pool)"
+    r"|csrc/simulator/(workload|reference)"
+)
 FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
 # A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
 LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"
@@ -43,37 +54,53 @@ def variants() -> list[Any]:
 class NativeTests:
     """The library as an archive, and a program for each test."""
 
-    def __init__(self, build: ModuleType) -> None:
-        self.build = build
-        self.flags = [*FLAGS, *SANITIZERS, *build.find_libfabric().flags]
-        self.archive = FOLDER / "libmoe_efa.a"
+    def __init__(
+        self, build: ModuleType, folder: Path, sanitizers: list[str], library: list[Path], tests: list[Path]
+    ) -> None:
+        self.build, self.folder, self.sanitizers = build, folder, sanitizers
+        self.flags = [*FLAGS, *sanitizers, *build.find_libfabric().flags]
+        self.archive = folder / "libmoe_efa.a"
         self.archive.unlink(missing_ok=True)
-        objects = self._compile(build.source_files(bindings=False))
+        objects = self._compile(library)
         subprocess.run(["ar", "rcs", str(self.archive), *map(str, objects)], check=True)
         with contextlib.suppress(build.BuildError):  # a test that does not compile fails by itself, in `program`
-            self._compile(SOURCES)
+            self._compile(tests)
 
     def program(self, source: Path) -> Path:
-        target = FOLDER / source.with_suffix("")
+        target = self.folder / source.with_suffix("")
         (test,) = self._compile([source])
-        link = [*self.build.compiler(), *SANITIZERS, str(test), str(self.archive), "-o", str(target)]
+        link = [*self.build.compiler(), *self.sanitizers, str(test), str(self.archive), "-o", str(target)]
         subprocess.run([*link, "-pthread", "-ldl", "-lrt"], check=True)
         return target
 
     def _compile(self, sources: list[Path]) -> list[Path]:
-        objects: list[Path] = self.build.ObjectCompiler(FOLDER).compile(sources, dict.fromkeys(sources, self.flags))
+        objects: list[Path] = self.build.ObjectCompiler(self.folder).compile(
+            sources, dict.fromkeys(sources, self.flags)
+        )
         return objects
 
 
 @pytest.fixture(scope="module")
-def native_tests(build: ModuleType) -> NativeTests:
-    """Everything compiled, in parallel."""
+def tools(build: ModuleType) -> None:
+    """Skips where there is no compiler or no doctest."""
     if shutil.which("g++") is None and "CXX" not in os.environ:
         pytest.skip("no C++ compiler")
     probe = [*build.compiler(), "-E", "-x", "c++", "-"]
     if subprocess.run(probe, input=b"#include <doctest/doctest.h>\n", capture_output=True, check=False).returncode:
         pytest.skip("no doctest/doctest.h (Debian/Ubuntu: apt-get install doctest-dev)")
-    return NativeTests(build)
+
+
+@pytest.fixture(scope="module")
+def native_tests(tools: None, build: ModuleType) -> NativeTests:
+    """Everything compiled, in parallel."""
+    return NativeTests(build, FOLDER, SANITIZERS, build.source_files(bindings=False), SOURCES)
+
+
+@pytest.fixture(scope="module")
+def thread_tests(tools: None, build: ModuleType) -> NativeTests:
+    """What the tests of threads need, with a thread sanitizer."""
+    library = [path for path in build.source_files(bindings=False) if THREAD_LIBRARY.match(path.as_posix())]
+    return NativeTests(build, THREAD_FOLDER, THREAD_SANITIZER, library, THREAD_SOURCES)
 
 
 @pytest.mark.timeout(1800)  # the first test waits for the compiler
@@ -83,8 +110,25 @@ def test_native(source: Path, libfabric: Path | None, native_tests: NativeTests)
     environment.pop("MOE_EFA_LIBFABRIC", None)
     if libfabric is not None:
         environment["MOE_EFA_LIBFABRIC"] = str(libfabric)
+    result = run([str(native_tests.program(source))], environment)
+    assert result.returncode == 0, f"exit status {result.returncode} of {source}"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("source", THREAD_SOURCES, ids=lambda source: source.stem)
+def test_threads(source: Path, thread_tests: NativeTests) -> None:
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 second_deadlock_stack=1"}
+    program = str(thread_tests.program(source))
+    result = run([program], environment)
+    if "unexpected memory mapping" in result.stdout and shutil.which("setarch"):
+        # Older sanitizers do not stand the address randomization of newer kernels.
+        result = run(["setarch", "-R", program], environment)
+    assert result.returncode == 0, f"exit status {result.returncode} of {source}"
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [str(native_tests.program(source))],
+        command,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -95,8 +139,9 @@ def test_native(source: Path, libfabric: Path | None, native_tests: NativeTests)
         check=False,
     )
     print(result.stdout)
-    assert result.returncode == 0, f"exit status {result.returncode} of {source}"
+    return result
 
 
 def test_there_are_native_tests() -> None:
     assert SOURCES
+    assert THREAD_SOURCES

@@ -30,19 +30,22 @@ from moe_efa.testing.routing import PATTERNS, uneven_token_counts
 DTYPES = reference.DTYPES
 TIMEOUT_S = 30.0
 NAN = float("nan")
+_seeds = itertools.count(1)  # of reordering: another one for every group, the same in every run
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the ranks stand and what joins the nodes."""
+    """Where the ranks stand and what joins the nodes; ``reorder`` makes that deliver as badly as SRD may."""
 
     num_ranks: int
     node_size: int
     transport: str = "auto"
+    reorder: bool = False
 
     @property
     def id(self) -> str:
         joined = "" if self.node_size == self.num_ranks else f"-{self.transport}"
+        joined += "-reordered" if self.reorder else ""
         return f"ep{self.num_ranks}-node{self.node_size}{joined}"
 
     def open(self, group: dist.ProcessGroup | None, **changes: Any) -> ExpertParallel:
@@ -58,7 +61,13 @@ class Setting:
             "heartbeat_timeout_s": TIMEOUT_S,
             "memory_budget_bytes": 64 << 20,
         }
-        return ExpertParallel(group, **{**options, **changes})
+        if not self.reorder:
+            return ExpertParallel(group, **{**options, **changes})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOE_EFA_REORDER", str(next(_seeds)))
+            ep = ExpertParallel(group, **{**options, **changes})
+        assert ep.info()["transport"].startswith("reordered (seed "), "it must not be tested for nothing"
+        return ep
 
 
 @dataclass(frozen=True)
@@ -256,7 +265,11 @@ def settings_of(num_ranks: int) -> list[Setting]:
     settings = [Setting(num_ranks, num_ranks)]
     for node_size in range(num_ranks - 1, 0, -1):
         if num_ranks % node_size == 0:
-            settings += [Setting(num_ranks, node_size, transport) for transport in ("shm", "libfabric")]
+            settings += [
+                Setting(num_ranks, node_size, transport, reorder)
+                for transport in ("shm", "libfabric")
+                for reorder in (False, True)
+            ]
     return settings
 
 
@@ -332,6 +345,18 @@ def many_rounds_wrap_the_epoch(rank: int, group: dist.ProcessGroup, setting: Set
     for seed, out in enumerate(results):
         assert_bitwise(out, oracle_of_identity(ep, seed), f"round {seed}")
     assert rounds == 45
+
+
+def rounds_reordered_by_many_seeds(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    """The smallest rings, so that slots are reused while their writes are held back, cut and repeated."""
+    for _ in range(10):
+        with setting.open(group, chunk_rows=2, slots=2) as ep:
+            results = []
+            for seed in range(6):
+                d = ep.dispatch(*tensors_for(rank, ep, seed, tokens=12))
+                results.append(ep.combine(d.x, d.handle))
+        for seed, out in enumerate(results):
+            assert_bitwise(out, oracle_of_identity(ep, seed, tokens=12), f"round {seed}")
 
 
 def handles_in_any_order(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
@@ -473,7 +498,7 @@ def results_do_not_depend_on_transport_or_chunks(rank: int, group: dist.ProcessG
     """I3, for two transports at one node_size and for rings of any shape."""
     runs = []
     for transport, chunk_rows, slots in (("shm", 0, 0), ("libfabric", 0, 0), ("shm", 3, 2), ("libfabric", 8, 3)):
-        place = Setting(setting.num_ranks, setting.node_size, transport)
+        place = Setting(setting.num_ranks, setting.node_size, transport, setting.reorder)
         case = Case(place, tokens=29, dtype="bf16", drop_fraction=0.1, chunk_rows=chunk_rows, slots=slots)
         with case.open(group) as ep:
             runs.append(World(case, seed=4).run(ep))
@@ -709,6 +734,7 @@ def fp8_bytes_are_close_to_the_floor(rank: int, group: dist.ProcessGroup, settin
 
 SCENARIOS: list[Callable[[int, dist.ProcessGroup, Setting], None]] = [
     many_rounds_wrap_the_epoch,
+    rounds_reordered_by_many_seeds,
     handles_in_any_order,
     replay_with_a_handle,
     fp8_rows_handed_through,
@@ -737,10 +763,13 @@ def jobs() -> dict[str, Job]:
             for scenario in SCENARIOS:
                 if scenario is leaving_with_an_exception_fails_the_others and num_ranks == 1:
                     continue
+                if scenario is rounds_reordered_by_many_seeds and not setting.reorder:
+                    continue
                 name = f"{setting.id}-{scenario.__name__}"
                 out[name] = (name, scenario, (setting,))
             if setting.node_size < num_ranks and setting.transport == "shm":
-                name = f"ep{num_ranks}-node{setting.node_size}-{results_do_not_depend_on_transport_or_chunks.__name__}"
+                place = setting.id.replace("-shm", "")
+                name = f"{place}-{results_do_not_depend_on_transport_or_chunks.__name__}"
                 out[name] = (name, results_do_not_depend_on_transport_or_chunks, (setting,))
     place = Setting(4, 2, "shm")
     name = f"{place.id}-{fp8_bytes_are_close_to_the_floor.__name__}"

@@ -27,6 +27,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "node2-shm": {"node_size": 2, "transport": "shm"},
     "node2-tcp": {"node_size": 2, "transport": "libfabric", "provider": "tcp"},
 }
+# The rails of these deliver as badly as SRD may.
+REORDERED: dict[str, dict[str, Any]] = {
+    "node2-shm-reordered": LAYOUTS["node2-shm"],
+    "node2-tcp-reordered": LAYOUTS["node2-tcp"],
+}
 TIMEOUT_S, HEARTBEAT_TIMEOUT_S = 3.0, 1.0
 # A machine that has more to do than these tests is slower, not wrong.
 LOAD = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
@@ -39,7 +44,7 @@ Facts = dict[str, Any]
 # --- what the ranks run
 
 
-def make(group: dist.ProcessGroup, layout: str, **changes: Any) -> ExpertParallel:
+def make(group: dist.ProcessGroup, layout: str, *, reorder: str = "7", **changes: Any) -> ExpertParallel:
     config = {
         "num_experts": NUM_EXPERTS,
         "hidden_size": HIDDEN_SIZE,
@@ -49,7 +54,13 @@ def make(group: dist.ProcessGroup, layout: str, **changes: Any) -> ExpertParalle
         "heartbeat_timeout_s": 10.0,
         "memory_budget_bytes": 32 << 20,
     }
-    return ExpertParallel(group, **(config | LAYOUTS[layout] | changes))
+    if layout in LAYOUTS:
+        return ExpertParallel(group, **(config | LAYOUTS[layout] | changes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_EFA_REORDER", reorder)
+        ep = ExpertParallel(group, **(config | REORDERED[layout] | changes))
+    assert ep.info()["transport"].startswith("reordered"), "it must not be tested for nothing"
+    return ep
 
 
 def inputs(seed: int, num_tokens: int = 48, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,10 +248,10 @@ def results(outcomes: list[Outcome]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def cases(*points: str, every: bool) -> Iterator[Any]:
+def cases(*points: str, every: bool, layouts: dict[str, dict[str, Any]] = LAYOUTS) -> Iterator[Any]:
     """Points and layouts with the culprits in turn: every pair, or every point with the layouts in turn."""
-    names = list(LAYOUTS)
-    pairs = itertools.product(names, points) if every else ((names[i % 3], point) for i, point in enumerate(points))
+    in_turn = zip(itertools.cycle(layouts), points, strict=False)
+    pairs = itertools.product(layouts, points) if every else in_turn
     for i, (layout, point) in enumerate(pairs):
         culprit = (3, 1, 0, 2)[i % 4]
         yield pytest.param(layout, point, culprit, id=f"{layout}-{point.replace(' ', '_')}-rank{culprit}")
@@ -251,7 +262,12 @@ SMALL_RINGS = {"chunk_rows": 8, "slots": 2}  # so that no call is done before it
 
 
 @pytest.mark.parametrize(
-    "layout, point, culprit", [*cases(*IN_CALLS, every=True), *cases("between calls", "close", "close", every=False)]
+    "layout, point, culprit",
+    [
+        *cases(*IN_CALLS, every=True),
+        *cases("between calls", "close", "close", every=False),
+        *cases(*IN_CALLS, "close", every=True, layouts=REORDERED),
+    ],
 )
 def test_killed_rank_is_named_at_once(layout: str, point: str, culprit: int, mark: Path) -> None:
     within_s = AT_ONCE_S + (0.5 if point == "between calls" else 0)  # there they sleep before they look
@@ -271,7 +287,10 @@ def test_killed_rank_is_named_during_construction(layout: str, point: str, culpr
 
 @pytest.mark.parametrize(
     "layout, point, culprit",
-    list(cases("dispatch", "anywhere", "close", "construction-connection", "combine", every=False)),
+    [
+        *cases("dispatch", "anywhere", "close", "construction-connection", "combine", every=False),
+        *cases("anywhere", "dispatch", every=False, layouts=REORDERED),
+    ],
 )
 def test_stopped_rank_is_lost_when_it_is_silent(layout: str, point: str, culprit: int, mark: Path) -> None:
     changes = SMALL_RINGS if point == "anywhere" else {}
@@ -356,7 +375,14 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize("what, layout", list(zip(DIFFERENCES, itertools.cycle(LAYOUTS), strict=False)))
+@pytest.mark.parametrize(
+    "what, layout",
+    [
+        *zip(DIFFERENCES, itertools.cycle(LAYOUTS), strict=False),
+        ("dispatch-combine", "node2-tcp-reordered"),
+        ("plans-replayed", "node2-shm-reordered"),
+    ],
+)
 def test_different_calls_are_an_error_that_names_both(what: str, layout: str) -> None:
     for error in results(run_ranks(issue_different, NUM_RANKS, layout, what, timeout=30)):
         assert error["type"] == "TransportError", error
@@ -441,7 +467,14 @@ def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str, mark
 
 
 @pytest.mark.parametrize(
-    "layout, point", [("node2-tcp", "call"), ("node4", "call"), ("node2-tcp", "construction"), ("node2-shm", "close")]
+    "layout, point",
+    [
+        ("node2-tcp", "call"),
+        ("node4", "call"),
+        ("node2-tcp", "construction"),
+        ("node2-shm", "close"),
+        ("node2-tcp-reordered", "call"),
+    ],
 )
 def test_interrupt_ends_a_wait_here_and_is_an_error_elsewhere(layout: str, point: str, mark: Path) -> None:
     seen = results(run_ranks(interrupt, NUM_RANKS, layout, point, str(mark)))
@@ -476,7 +509,7 @@ def raise_inside(rank: int, group: dist.ProcessGroup, layout: str) -> Facts | No
     return attempt(body)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "node2-shm-reordered"])
 def test_exception_in_user_code_is_an_error_elsewhere(layout: str) -> None:
     errors = results(run_ranks(raise_inside, NUM_RANKS, layout))
     assert errors[2]["type"] == "ZeroDivisionError"
@@ -506,7 +539,7 @@ def leave(rank: int, group: dist.ProcessGroup, layout: str, how: str) -> Facts |
 
 
 @pytest.mark.parametrize("how", ["close", "exit"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "node2-tcp-reordered"])
 def test_rank_that_leaves_is_named_by_those_who_call(layout: str, how: str) -> None:
     errors = results(run_ranks(leave, NUM_RANKS, layout, how))
     for error in errors[:3]:
@@ -529,7 +562,7 @@ def leave_early(rank: int, group: dist.ProcessGroup, layout: str, how: str) -> F
 
 
 @pytest.mark.parametrize("how", ["close", "exit"])
-@pytest.mark.parametrize("layout", ["node2-shm", "node2-tcp"])
+@pytest.mark.parametrize("layout", ["node2-shm", "node2-tcp", *REORDERED])
 def test_rank_that_leaves_owing_nothing_is_no_failure(layout: str, how: str) -> None:
     assert results(run_ranks(leave_early, NUM_RANKS, layout, how)) == [None] * NUM_RANKS
 
@@ -541,11 +574,56 @@ def close_apart(rank: int, group: dist.ProcessGroup, layout: str) -> tuple[Facts
     return attempt(ep.close), ep._native.job_key
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *REORDERED])
 def test_ranks_may_close_at_different_times(layout: str) -> None:
     for error, job_key in results(run_ranks(close_apart, NUM_RANKS, layout)):
         assert error is None
         check_nothing_in_shm(job_key)
+
+
+# --- a node out of reach
+
+
+def drop(rank: int, group: dist.ProcessGroup, layout: str, reorder: str) -> Facts:
+    seen: Facts = {}
+    ep: ExpertParallel | None = None
+
+    def body() -> None:
+        nonlocal ep
+        ep = make(group, layout, reorder=reorder)
+        for _ in range(1000):
+            check_round(ep, rank)
+
+    seen["error"] = attempt(body)
+    if ep is not None:
+        seen["again"] = attempt(lambda: check_round(ep, rank))
+        seen["close_error"] = attempt(ep.close)
+    return seen
+
+
+@pytest.mark.parametrize("layout", REORDERED)
+@pytest.mark.parametrize("writes, status", [(0, 15), (40, 13)], ids=["from the start", "later"])
+def test_node_that_cannot_be_reached_is_an_error_with_the_providers_words(
+    layout: str, writes: int, status: int
+) -> None:
+    for seen in results(run_ranks(drop, NUM_RANKS, layout, f"5,drop=1@{writes}", timeout=30)):
+        error = seen["error"]
+        assert error["type"] == "TransportError", error
+        assert error["rank"] in (2, 3), error  # the ranks of node 1
+        assert f"(status {status})" in error["text"], error
+        assert ("again" in seen) == (writes > 0)
+        if writes > 0:
+            assert seen["again"]["type"] == "TransportError"
+            assert seen["close_error"] is None
+
+
+def reorder_on_one(rank: int, group: dist.ProcessGroup) -> Facts | None:
+    return attempt(lambda: make(group, "node2-shm-reordered" if rank == 1 else "node2-shm"))
+
+
+def test_rank_that_reorders_alone_is_refused() -> None:
+    for error in results(run_ranks(reorder_on_one, NUM_RANKS)):
+        assert error["type"] == "ConfigError", error
 
 
 # --- slow ranks

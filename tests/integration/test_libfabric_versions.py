@@ -58,5 +58,36 @@ def version_of(path: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+LOADED = """
+from moe_efa import _C, libfabric
+search = libfabric.search_path() | {"libfabric": LIBRARY}
+print(_C.build_info(**search)["libfabric_path"])
+print(*_C.libfabric_providers(**search))
+maps = open("/proc/self/maps").read()
+print("libefa-fi.so" in maps)
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(libraries()) if name != "system"])
+@pytest.mark.parametrize("provider_path", ["unset", "elsewhere"])
+def test_plugins_beside_a_packages_library_are_found_unless_the_user_says_where(
+    name: str, provider_path: str, tmp_path: Path
+) -> None:
+    path = libraries()[name]
+    environment = {key: value for key, value in os.environ.items() if key != "FI_PROVIDER_PATH"}
+    if provider_path == "elsewhere":
+        environment["FI_PROVIDER_PATH"] = str(tmp_path)
+    code = LOADED.replace("LIBRARY", repr(path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    found, providers, loaded = done.stdout.splitlines()
+    assert Path(found).resolve() == Path(path).resolve()
+    assert "tcp" in providers.split()  # with and without the plug-ins
+    hosted = all(ctypes.util.find_library(library) for library in ("ibverbs", "efa"))
+    plugin = (Path(path).parent / "libfabric" / "libefa-fi.so").exists()
+    assert loaded == str(hosted and plugin and provider_path == "unset")
+
+
 def test_this_build_has_the_rail() -> None:
     assert _C.build_info()["libfabric_built"]

@@ -42,6 +42,8 @@ def test_doctor_json_has_facts_problems_and_a_matching_exit_status(capsys):
     status = cli.main(["doctor", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert set(facts) >= {"build", "libfabric", "providers", "efa_devices", "shm", "memlock_bytes", "cores", "torch"}
+    assert (facts["auto_provider"] != "") == facts["libfabric"]["found"]
+    assert facts["auto_provider"] in ("", *facts["providers"])
     assert facts["libfabric"]["found"] == _C.build_info(**libfabric.search_path())["libfabric_found"]
     assert status == (0 if facts["ok"] else 1)
     assert facts["ok"] == all(problem["severity"] != "error" for problem in facts["problems"])
@@ -51,6 +53,8 @@ def test_doctor_table_ends_with_a_verdict(capsys):
     status = cli.main(["doctor"])
     text = capsys.readouterr().out
     assert "libfabric" in text
+    assert ", unless a provider is named" in text
+    assert "missing for EFA" in text
     assert ("standalone use works here" in text) == (status == 0)
 
 
@@ -82,6 +86,23 @@ def test_every_problem_comes_with_its_cure(change, severity, word, cure):
 
 def test_locked_memory_matters_only_with_efa():
     assert doctor.find_problems(healthy_facts() | {"efa_devices": [], "memlock_bytes": 8 << 20}) == []
+
+
+def test_what_is_missing_for_efa_is_named(tmp_path):
+    def missing(
+        devices=("rdmap0s6",), providers=("efa-direct",), verbs=tmp_path, memlock=None, libraries="ibverbs efa"
+    ):
+        return doctor.find_missing_for_efa(
+            list(devices), list(providers), verbs, memlock, lambda name: name if name in libraries.split() else None
+        )
+
+    assert missing() == []
+    assert missing(devices=()) == ["an EFA device"]
+    assert missing(libraries="ibverbs") == ["rdma-core (libefa)"]
+    assert missing(libraries="") == ["rdma-core (libibverbs, libefa)"]
+    assert missing(verbs=tmp_path / "absent") == [str(tmp_path / "absent")]
+    assert missing(providers=["tcp"])[0].startswith("libfabric's efa provider")
+    assert missing(memlock=8 << 20) == ["locked memory (0.01 GiB by ulimit -l, 1 GiB per rank)"]
 
 
 def test_efa_devices_are_those_of_amazon(tmp_path):

@@ -14,12 +14,14 @@ GETTERS = {
     "MOE_EFA_SOCKET_ADDR": env.socket_address,
     "MOE_EFA_HOST_ID": env.host_id,
     "MOE_EFA_NUM_THREADS": lambda: env.num_threads(1),
+    "MOE_EFA_REORDER": env.reorder,
 }
 VALUES = {
     "MOE_EFA_LIBFABRIC": ("/opt/lib/libfabric.so", "/opt/lib/libfabric.so"),
     "MOE_EFA_SOCKET_ADDR": ("10.0.0.7", "10.0.0.7"),
     "MOE_EFA_HOST_ID": ("a", "a"),
     "MOE_EFA_NUM_THREADS": ("3", 3),
+    "MOE_EFA_REORDER": ("7,drop=1@100", env.Reorder(seed=7, drop_node=1, drop_after=100)),
 }
 
 
@@ -57,6 +59,9 @@ def test_threads_are_shared_by_the_ranks_of_a_host(monkeypatch):
         ("MOE_EFA_SOCKET_ADDR", "node7"),
         ("MOE_EFA_SOCKET_ADDR", "::1"),
         ("MOE_EFA_NUM_THREADS", "0"),
+        ("MOE_EFA_REORDER", "on"),
+        ("MOE_EFA_REORDER", "7,drop=1"),
+        ("MOE_EFA_REORDER", "7,drop=-1@2"),
         ("MOE_EFA_NUM_THREADS", "-2"),
         ("MOE_EFA_NUM_THREADS", "two"),
     ],

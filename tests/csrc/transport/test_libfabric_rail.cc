@@ -177,6 +177,34 @@ TEST_CASE("an unknown provider and an empty region are configuration errors") {
   CHECK(code_of([&] { make_libfabric_rail(test_config()); }) == StatusCode::kConfig);
 }
 
+TEST_CASE("a rail that cannot do what is asked is not constructed, and says what is missing") {
+  if (!available()) return;
+  LibfabricRailConfig config = test_config();
+  config.memory.kind = MemoryDescriptor::Kind::kCuda;
+  std::string message;
+  CHECK(code_of([&] { Node node(config); }, &message) == StatusCode::kConfig);
+  CHECK(message.find("FI_HMEM") != std::string::npos);
+  const std::string chosen = default_provider(test_search());
+  CHECK_FALSE(chosen.empty());
+  MESSAGE("without a name: " << chosen);
+}
+
+TEST_CASE("a write without an immediate is seen by its bytes alone") {
+  if (!available()) return;
+  Group group(2);
+  REQUIRE(group.post(0, hello(0, 1)));
+  REQUIRE(group.until([&] { return group[1].arrived.size() == 1 && group[0].done.size() == 1; }));
+  group[0].region[10] = std::byte{0x77};
+  WriteRequest request = {1, 1, 10, 20, 4711, 8};
+  request.with_imm = false;
+  REQUIRE(group.post(0, request));
+  REQUIRE(group.until([&] { return group[0].done.size() == 2; }));
+  CHECK(group[1].region[20] == std::byte{0x77});
+  REQUIRE(group.post(0, {1, 0, 0, 0, 12, 9}));
+  REQUIRE(group.until([&] { return group[1].arrived.size() == 2; }));
+  CHECK(group[1].arrived[1].imm == 12);
+}
+
 TEST_CASE("two rails greet each other and carry payloads with their immediates") {
   if (!available()) return;
   Group group(2);
@@ -368,6 +396,7 @@ TEST_CASE("a peer that is destroyed ends in errors or refusals, never in a crash
   };
   CHECK(group.until(settled, 10));
   for (const RailEvent& event : group[0].errors) {
+    CHECK(event.own_write);
     CHECK(event.peer_node == 1);
     CHECK(event.id >= 500);
     CHECK(event.error.find("peer node 1") != std::string::npos);
