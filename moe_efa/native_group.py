@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
+import itertools
 import multiprocessing.util
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +35,7 @@ class NativeGroup:
 
     def __init__(self, native: _C.Group, config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> None:
         self.config = config
+        self.name = _name_of(config, agreement)
         self.rank = agreement.rank
         self.num_ranks = agreement.num_ranks
         self.node_size = agreement.node_size
@@ -192,6 +196,24 @@ def _pointer(tensor: Tensor | None) -> int:
     return tensor.data_ptr() or _NOTHING.data_ptr()
 
 
+_serials = itertools.count()
+_by_name: weakref.WeakValueDictionary[str, NativeGroup] = weakref.WeakValueDictionary()
+
+
+def find(name: str) -> NativeGroup:
+    """The native group of this name. A closed one, which raises why at every call, is found while something keeps it."""
+    found = _by_name.get(name)
+    if found is None:
+        raise ClosedError("the native group was closed")
+    return found
+
+
+def _name_of(config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> str:
+    """Unique here, and telling configurations apart: compiled graphs that hold a name may be cached on disk."""
+    facts = repr((config, agreement.num_ranks, agreement.node_size))
+    return f"moe_efa.{next(_serials)}.{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
 _Key = tuple[int, tuple[int, ...], ExpertParallelConfig]
 _registry: dict[_Key, NativeGroup] = {}
 _live: set[NativeGroup] = set()
@@ -227,6 +249,7 @@ def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | Conf
             existing = NativeGroup(native, config, agreement)
             with _registry_lock:
                 _registry[key] = existing
+                _by_name[existing.name] = existing
                 _live.add(existing)
                 _hook_exit()
         with _registry_lock:

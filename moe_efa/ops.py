@@ -1,44 +1,86 @@
-"""Dispatch and combine as differentiable functions. Backward uses the forward's plan (I8) and is collective too.
+"""Dispatch and combine as operators of torch, with gradients. Backward uses the forward's plan (I8), collective too.
 
-    dispatch:  rows = x[source], weights = topk_weights[source]
+    dispatch, replay:  rows = x[source], weights = topk_weights[source]
        backward: grad_x = combine(grad_rows), unweighted; the gradients of the weights ride along as fp32
     combine:   out[t] = sum over k of w * y
-       backward: grad_rows = dispatch(grad_out) on the plan; grad_y = w * grad_rows; grad_w = sum over H grad_rows * y
+       backward: grad_rows = replay(grad_out); grad_y = w * grad_rows; grad_w = sum over H grad_rows * y
 
 A collective backward runs on a rank only if the rank's graph contains it. So whether an input requires a gradient must
 be the same on all ranks, and the results must reach the loss also on ranks without tokens or rows.
+
+Groups go by name and plans as tensors (plan_tensor.py), so that a graph can hold calls. The kernels check what depends
+on values, or on sizes that a compiler leaves open; by then nothing has been sent (I17).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from moe_efa import _C
-    from moe_efa.native_group import NativeGroup
+from moe_efa import native_group, plan_tensor
+from moe_efa.config import ExpertParallelConfig
 
 _BLOCK_ELEMENTS = 1 << 22  # bounds the fp32 temporaries of a weight gradient
 
+_library = torch.library.Library("moe_efa", "DEF")
+# A list, because Inductor (2.13) loses the sizes found at run time in the results of an ordered operator with several.
+_library.define(
+    "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, str group, int expert_alignment, str output) -> Tensor[]"
+)
+_library.define("replay(Tensor x, Tensor plan, str group, SymInt rows) -> Tensor")
+_library.define("combine(Tensor y, Tensor? weights, Tensor plan, str group, SymInt num_tokens) -> Tensor")
+_library.define(
+    "combine_grads(Tensor grad_rows, Tensor grad_weights, Tensor plan, str group, SymInt num_tokens)"
+    " -> (Tensor grad_x, Tensor grad_topk_weights)"
+)
+_library.define("weight_grads(Tensor grad_rows, Tensor y, Tensor plan, str group) -> Tensor")
+
+_dispatch_op = torch.ops.moe_efa.dispatch.default
+_replay_op = torch.ops.moe_efa.replay.default
+_combine_op = torch.ops.moe_efa.combine.default
+_combine_grads_op = torch.ops.moe_efa.combine_grads.default
+_weight_grads_op = torch.ops.moe_efa.weight_grads.default
+
+COLLECTIVES = frozenset({_dispatch_op, _replay_op, _combine_op, _combine_grads_op})
+"""The operators that meet the other ranks."""
+
+# A token runs through a graph's ordered operators, forward and backward: none is dropped, merged, moved past another or
+# run again for backward. Dynamo's own graph has no tokens yet, so it is told, too, that the results are not everything.
+for _op in COLLECTIVES:
+    _register_effectful_op(_op, _EffectType.ORDERED)
+    torch.fx.node.has_side_effect(_op)
+
+
+class Dispatched(NamedTuple):
+    """Results of a dispatch, with the fields of DispatchResult; scales [0] where rows have none."""
+
+    rows: Tensor
+    scales: Tensor
+    weights: Tensor
+    plan: Tensor
+    tokens_per_expert: Tensor
+    offsets: Tensor
+
 
 def dispatch(
-    native_group: NativeGroup, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
-) -> tuple[Tensor, Tensor, _C.Plan]:
-    """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, plan."""
-    return _Dispatch.apply(x, topk_weights, topk_idx, native_group, expert_alignment)  # type: ignore[no-untyped-call]
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, group: str, expert_alignment: int, output: str = "auto"
+) -> Dispatched:
+    """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, a plan, ..."""
+    return Dispatched(*_dispatch_op(x, topk_idx, topk_weights, group, expert_alignment, output))
 
 
-def replay(native_group: NativeGroup, x: Tensor, plan: _C.Plan) -> Tensor:
+def replay(x: Tensor, plan: Tensor, *, group: str, rows: int) -> Tensor:
     """x [T, H] -> rows [rows, H] of an earlier dispatch's plan."""
-    return _Replay.apply(x, native_group, plan)  # type: ignore[no-untyped-call]
+    return _replay_op(x, plan, group, rows)
 
 
-def combine(native_group: NativeGroup, y: Tensor, weights: Tensor | None, plan: _C.Plan) -> Tensor:
+def combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str, num_tokens: int) -> Tensor:
     """y [rows, H], weights [rows] fp32 or None -> out [T, H] in y's dtype."""
-    return _Combine.apply(y, weights, native_group, plan)  # type: ignore[no-untyped-call]
+    return _combine_op(y, weights, plan, group, num_tokens)
 
 
 def tie(y: Tensor, rows: Tensor) -> Tensor:
@@ -62,58 +104,202 @@ class _Tie(torch.autograd.Function):
         return None, torch.zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
 
 
+# Gradients
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, native_group: NativeGroup, expert_alignment: int
-    ) -> tuple[Tensor, Tensor, _C.Plan]:
-        plan, rows, weights = native_group.dispatch(x, topk_idx, topk_weights, expert_alignment)
-        ctx.native_group, ctx.plan = native_group, plan
-        return rows, weights, plan
+    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = Dispatched(*_dispatch_op(x, topk_idx, topk_weights, *options))
+        ctx.group, ctx.num_tokens = options[0], x.shape[0]
+        ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
+        ctx.save_for_backward(results.plan)
+        ctx.mark_non_differentiable(results.scales, results.plan, results.tokens_per_expert, results.offsets)
+        ctx.set_materialize_grads(False)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (plan,) = ctx.saved_tensors
+        grad_rows, _, grad_weights = grads[:3]
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        grad_x, grad_topk_weights = ctx.native_group.combine(
-            grad_rows.contiguous(), ctx.plan, weight_grads=grad_weights.contiguous() if needs_weights else None
-        )
-        return grad_x if needs_x else None, grad_topk_weights, None, None, None
+        if grad_rows is None:
+            grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype)
+        grad_topk_weights = None
+        if needs_weights:
+            if grad_weights is None:
+                grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32)
+            grad_x, grad_topk_weights = _combine_grads_op(grad_rows, grad_weights, plan, ctx.group, ctx.num_tokens)
+        else:
+            grad_x = _combine_op(grad_rows, None, plan, ctx.group, ctx.num_tokens)
+        return grad_x if needs_x else None, grad_topk_weights, None, None, None, None
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, native_group: NativeGroup, plan: _C.Plan) -> Tensor:
-        ctx.native_group, ctx.plan = native_group, plan
-        return native_group.replay(x, plan)
+    def forward(ctx: Any, x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
+        ctx.group, ctx.num_tokens = group, x.shape[0]
+        ctx.save_for_backward(plan)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _replay_op(x, plan, group, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.native_group.combine(grad_rows.contiguous(), ctx.plan)[0], None, None
+        (plan,) = ctx.saved_tensors
+        return _combine_op(grad_rows, None, plan, ctx.group, ctx.num_tokens), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor | None, native_group: NativeGroup, plan: _C.Plan) -> Tensor:
-        ctx.native_group, ctx.plan = native_group, plan
+    def forward(ctx: Any, y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int) -> Tensor:
+        ctx.group, ctx.rows = group, y.shape[0]
         needs_weight_grads = weights is not None and ctx.needs_input_grad[1]
-        ctx.save_for_backward(weights, y if needs_weight_grads else None)
-        return native_group.combine(y, plan, weights=weights)[0]
+        # The plan, saved always, makes a checkpoint that stops early stop after this call on every rank, not on some.
+        ctx.save_for_backward(weights, y if needs_weight_grads else None, plan)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _combine_op(y, weights, plan, group, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weights, y = ctx.saved_tensors
-        grad_rows = ctx.native_group.replay(grad_out.contiguous(), ctx.plan)
-        grad_weights = None if y is None else _weight_grads(grad_rows, y, ctx.plan)
+        weights, y, plan = ctx.saved_tensors
+        grad_rows = _replay_op(grad_out, plan, ctx.group, ctx.rows)
+        grad_weights = None if y is None else _weight_grads_op(grad_rows, y, plan, ctx.group)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weights, None, None
+            return None, grad_weights, None, None, None
         grad_y = grad_rows if weights is None else (weights[:, None] * grad_rows).to(grad_rows.dtype)
-        return grad_y, grad_weights, None, None
+        return grad_y, grad_weights, None, None, None
 
 
-def _weight_grads(grad_rows: Tensor, y: Tensor, plan: _C.Plan) -> Tensor:
+def _dispatch_autograd(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *options: Any) -> list[Tensor]:
+    if _wants_graph(x, topk_weights):
+        return list(_Dispatch.apply(x, topk_weights, topk_idx, *options))  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _dispatch_op(x, topk_idx, topk_weights, *options)
+
+
+def _replay_autograd(x: Tensor, *options: Any) -> Tensor:
+    if _wants_graph(x):
+        return _Replay.apply(x, *options)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _replay_op(x, *options)
+
+
+def _combine_autograd(y: Tensor, weights: Tensor | None, *options: Any) -> Tensor:
+    if _wants_graph(y, weights):
+        return _Combine.apply(y, weights, *options)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return _combine_op(y, weights, *options)
+
+
+def _wants_graph(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+_library.impl("dispatch", _dispatch_autograd, "Autograd")
+_library.impl("replay", _replay_autograd, "Autograd")
+_library.impl("combine", _combine_autograd, "Autograd")
+
+
+# Shapes
+
+
+def _dispatch_fake(
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, group: str, expert_alignment: int, output: str
+) -> list[Tensor]:
+    native = native_group.find(group)
+    config, num_local_experts = native.config, native.config.num_experts // native.num_ranks
+    most_rows = native.num_ranks * config.max_tokens_per_rank * config.top_k
+    rows = torch.library.get_ctx().new_dynamic_size(
+        min=0, max=most_rows + num_local_experts * (expert_alignment - 1)
+    )
+    return list(
+        Dispatched(
+            rows=x.new_empty(rows, config.hidden_size),
+            scales=x.new_empty(0, dtype=torch.float32),
+            weights=x.new_empty(rows, dtype=torch.float32),
+            plan=torch.empty(1, dtype=plan_tensor.DTYPE, device="cpu"),
+            tokens_per_expert=torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
+            offsets=x.new_empty(num_local_experts + 1, dtype=torch.int32),
+        )
+    )
+
+
+def _replay_fake(x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
+    return x.new_empty(rows, x.shape[1])
+
+
+def _combine_fake(y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int) -> Tensor:
+    return y.new_empty(num_tokens, y.shape[1])
+
+
+def _combine_grads_fake(
+    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    top_k = native_group.find(group).config.top_k
+    return grad_rows.new_empty(num_tokens, grad_rows.shape[1]), grad_weights.new_empty(num_tokens, top_k)
+
+
+def _weight_grads_fake(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
+    return y.new_empty(y.shape[0], dtype=torch.float32)
+
+
+# Kernels. Compiled graphs and autograd may hand over any strides.
+
+
+def _dispatch_cpu(
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, group: str, expert_alignment: int, output: str
+) -> list[Tensor]:
+    native = native_group.find(group)
+    if output != "auto":
+        raise ValueError(f"output must be 'auto', not {output!r}")
+    _check_tokens(native.config, x)
+    _check_routing(native.config, x, topk_idx, topk_weights)
+    plan, rows, weights = native.dispatch(
+        x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous(), expert_alignment
+    )
+    results = Dispatched(
+        rows=rows,
+        scales=torch.empty(0, dtype=torch.float32),
+        weights=weights,
+        plan=plan_tensor.wrap(plan, group),
+        tokens_per_expert=torch.tensor(plan.tokens_per_expert, dtype=torch.int64),
+        offsets=torch.tensor(plan.offsets, dtype=torch.int32),
+    )
+    return list(results)
+
+
+def _replay_cpu(x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_tokens(native.config, x)
+    if x.shape[0] != native_plan.num_tokens:
+        raise ValueError(f"x has {x.shape[0]} tokens, but the handle's dispatch had {native_plan.num_tokens}")
+    return native.replay(x.contiguous(), native_plan)
+
+
+def _combine_cpu(y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int) -> Tensor:
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_rows(native.config, y, weights, native_plan.rows)
+    weights = None if weights is None else weights.contiguous()
+    return native.combine(y.contiguous(), native_plan, weights=weights)[0]
+
+
+def _combine_grads_cpu(
+    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_rows(native.config, grad_rows, grad_weights, native_plan.rows)
+    out, topk_weight_grads = native.combine(
+        grad_rows.contiguous(), native_plan, weight_grads=grad_weights.contiguous()
+    )
+    assert topk_weight_grads is not None
+    return out, topk_weight_grads
+
+
+def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
     rows, hidden_size = y.shape
     grads = torch.empty(rows, dtype=torch.float32)
@@ -121,7 +307,48 @@ def _weight_grads(grad_rows: Tensor, y: Tensor, plan: _C.Plan) -> Tensor:
     for start in range(0, rows, block):
         stop = start + block
         grads[start:stop] = (grad_rows[start:stop].float() * y[start:stop].float()).sum(-1)
-    offsets = plan.offsets
-    for start, stop, count in zip(offsets[:-1], offsets[1:], plan.tokens_per_expert, strict=True):
+    native_plan = plan_tensor.unwrap(plan, group)
+    offsets = native_plan.offsets
+    for start, stop, count in zip(offsets[:-1], offsets[1:], native_plan.tokens_per_expert, strict=True):
         grads[start + count : stop] = 0.0
     return grads
+
+
+def _check_tokens(config: ExpertParallelConfig, x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] != config.hidden_size:
+        raise ValueError(f"x must be [T, {config.hidden_size}], not {list(x.shape)}")
+    if x.shape[0] > config.max_tokens_per_rank:
+        raise ValueError(f"x has {x.shape[0]} tokens, more than max_tokens_per_rank={config.max_tokens_per_rank}")
+
+
+def _check_routing(config: ExpertParallelConfig, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+    shape = (x.shape[0], config.top_k)
+    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be [T, top_k] = {list(shape)}, not {list(tensor.shape)}")
+    if topk_idx.numel():
+        lowest, highest = (int(value) for value in topk_idx.aminmax())
+        if lowest < -1 or highest >= config.num_experts:
+            raise ValueError(
+                f"topk_idx holds {lowest if lowest < -1 else highest}; expert ids are in [-1, {config.num_experts})"
+            )
+
+
+def _check_rows(config: ExpertParallelConfig, y: Tensor, weights: Tensor | None, rows: int) -> None:
+    if y.dim() != 2 or y.shape[1] != config.hidden_size:
+        raise ValueError(f"y must be [{rows}, {config.hidden_size}], not {list(y.shape)}")
+    if y.shape[0] != rows:
+        raise ValueError(f"y has {y.shape[0]} rows, but the handle's dispatch gave {rows}")
+    if weights is not None and weights.shape != (rows,):
+        raise ValueError(f"weights must be [{rows}], not {list(weights.shape)}")
+
+
+for _name, _fake, _kernel in (
+    ("dispatch", _dispatch_fake, _dispatch_cpu),
+    ("replay", _replay_fake, _replay_cpu),
+    ("combine", _combine_fake, _combine_cpu),
+    ("combine_grads", _combine_grads_fake, _combine_grads_cpu),
+    ("weight_grads", _weight_grads_fake, _weight_grads_cpu),
+):
+    torch.library.register_fake(f"moe_efa::{_name}", _fake, lib=_library)
+    _library.impl(_name, _kernel, "CPU")
