@@ -14,16 +14,21 @@ on values, or on sizes that a compiler leaves open; by then nothing has been sen
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
 
 from moe_efa import native_group, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 
+_T = TypeVar("_T")
 _BLOCK_ELEMENTS = 1 << 22  # bounds the fp32 temporaries of a weight gradient
 
 _library = torch.library.Library("moe_efa", "DEF")
@@ -110,8 +115,7 @@ class _Tie(torch.autograd.Function):
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, *options: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = Dispatched(*_dispatch_op(x, topk_idx, topk_weights, *options))
+        results = Dispatched(*_below_autograd(_dispatch_op, x, topk_idx, topk_weights, *options))
         ctx.group, ctx.num_tokens = options[0], x.shape[0]
         ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
         ctx.save_for_backward(results.plan)
@@ -142,8 +146,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
         ctx.group, ctx.num_tokens = group, x.shape[0]
         ctx.save_for_backward(plan)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _replay_op(x, plan, group, rows)
+        return _below_autograd(_replay_op, x, plan, group, rows)
 
     @staticmethod
     @once_differentiable
@@ -159,8 +162,7 @@ class _Combine(torch.autograd.Function):
         needs_weight_grads = weights is not None and ctx.needs_input_grad[1]
         # The plan, saved always, makes a checkpoint that stops early stop after this call on every rank, not on some.
         ctx.save_for_backward(weights, y if needs_weight_grads else None, plan)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _combine_op(y, weights, plan, group, num_tokens)
+        return _below_autograd(_combine_op, y, weights, plan, group, num_tokens)
 
     @staticmethod
     @once_differentiable
@@ -177,22 +179,37 @@ class _Combine(torch.autograd.Function):
 def _dispatch_autograd(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *options: Any) -> list[Tensor]:
     if _wants_graph(x, topk_weights):
         return list(_Dispatch.apply(x, topk_weights, topk_idx, *options))  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _dispatch_op(x, topk_idx, topk_weights, *options)
+    return _below_autograd(_dispatch_op, x, topk_idx, topk_weights, *options)
 
 
 def _replay_autograd(x: Tensor, *options: Any) -> Tensor:
     if _wants_graph(x):
         return _Replay.apply(x, *options)  # type: ignore[no-untyped-call]
-    with torch._C._AutoDispatchBelowAutograd():
-        return _replay_op(x, *options)
+    return _below_autograd(_replay_op, x, *options)
 
 
 def _combine_autograd(y: Tensor, weights: Tensor | None, *options: Any) -> Tensor:
     if _wants_graph(y, weights):
         return _Combine.apply(y, weights, *options)  # type: ignore[no-untyped-call]
+    return _below_autograd(_combine_op, y, weights, *options)
+
+
+def _below_autograd(op: Callable[..., _T], *args: Any) -> _T:
     with torch._C._AutoDispatchBelowAutograd():
-        return _combine_op(y, weights, *options)
+        if not torch._C._len_torch_dispatch_stack():
+            return op(*args)
+        proxy_mode = get_proxy_mode()
+        if proxy_mode is None:
+            return op(*args)
+        # A graph is being recorded. Where a checkpoint around us asks for recomputation, say that this is not for us:
+        # what is in the graph twice breaks the order, and the partitioner of torch 2.13 fails on it.
+        nodes = proxy_mode.tracer.graph.nodes
+        num_before = len(nodes)
+        results = op(*args)
+        for node in islice(reversed(nodes), len(nodes) - num_before):
+            if "recompute" in node.meta:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return results
 
 
 def _wants_graph(*tensors: Tensor | None) -> bool:
