@@ -18,7 +18,7 @@ def checkpoint_context() -> tuple[AbstractContextManager[Any], AbstractContextMa
 
     ``checkpoint(layer, x, use_reentrant=False, context_fn=moe_efa.checkpoint_context)``; with torch.compile as well.
     """
-    return create_selective_checkpoint_contexts(checkpoint_policy)
+    return create_selective_checkpoint_contexts(checkpoint_policy)  # type: ignore[no-untyped-call]
 
 
 def checkpoint_policy(ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

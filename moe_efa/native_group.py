@@ -201,7 +201,7 @@ _by_name: weakref.WeakValueDictionary[str, NativeGroup] = weakref.WeakValueDicti
 
 
 def find(name: str) -> NativeGroup:
-    """The native group of this name. A closed one, which raises why at every call, is found while something keeps it."""
+    """The native group of this name; also a closed one, which raises why at every call, while something keeps it."""
     found = _by_name.get(name)
     if found is None:
         raise ClosedError("the native group was closed")

@@ -14,9 +14,11 @@ on values, or on sizes that a compiler leaves open; by then nothing has been sen
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,19 +30,22 @@ from torch.utils.checkpoint import CheckpointPolicy
 from moe_efa import native_group, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 
-_T = TypeVar("_T")
 _BLOCK_ELEMENTS = 1 << 22  # bounds the fp32 temporaries of a weight gradient
 
-_library = torch.library.Library("moe_efa", "DEF")
+_library: Any = torch.library.Library("moe_efa", "DEF")  # type: ignore[no-untyped-call]
 # A list, because Inductor (2.13) loses the sizes found at run time in the results of an ordered operator with several.
 _library.define(
-    "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, str group, int expert_alignment, str output) -> Tensor[]"
+    "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, str group, int expert_alignment, str output,"
+    " Tensor? after=None) -> Tensor[]"
 )
-_library.define("replay(Tensor x, Tensor plan, str group, SymInt rows) -> Tensor")
-_library.define("combine(Tensor y, Tensor? weights, Tensor plan, str group, SymInt num_tokens) -> Tensor")
+_library.define("replay(Tensor x, Tensor plan, str group, SymInt rows, Tensor? after=None) -> (Tensor, Tensor done)")
 _library.define(
-    "combine_grads(Tensor grad_rows, Tensor grad_weights, Tensor plan, str group, SymInt num_tokens)"
-    " -> (Tensor grad_x, Tensor grad_topk_weights)"
+    "combine(Tensor y, Tensor? weights, Tensor plan, str group, SymInt num_tokens, Tensor? after=None)"
+    " -> (Tensor, Tensor done)"
+)
+_library.define(
+    "combine_grads(Tensor grad_rows, Tensor grad_weights, Tensor plan, str group, SymInt num_tokens,"
+    " Tensor? after=None) -> (Tensor, Tensor, Tensor done)"
 )
 _library.define("weight_grads(Tensor grad_rows, Tensor y, Tensor plan, str group) -> Tensor")
 
@@ -53,8 +58,9 @@ _weight_grads_op = torch.ops.moe_efa.weight_grads.default
 COLLECTIVES = frozenset({_dispatch_op, _replay_op, _combine_op, _combine_grads_op})
 """The operators that meet the other ranks."""
 
-# A token runs through a graph's ordered operators, forward and backward: none is dropped, merged, moved past another or
-# run again for backward. Dynamo's own graph has no tokens yet, so it is told, too, that the results are not everything.
+# Ordered: a token of torch's runs through a graph's collectives, forward and backward, so that none is dropped, merged
+# or run again for backward. Dynamo's own graph has no tokens yet, so it is told, too, that results are not everything.
+# Inductor (2.13) drops the order between them when it lowers tokens; hence `after`, see _call.
 for _op in COLLECTIVES:
     _register_effectful_op(_op, _EffectType.ORDERED)
     torch.fx.node.has_side_effect(_op)
@@ -66,26 +72,34 @@ class Dispatched(NamedTuple):
     rows: Tensor
     scales: Tensor
     weights: Tensor
-    plan: Tensor
     tokens_per_expert: Tensor
     offsets: Tensor
+    plan: Tensor  # the last result of a collective is what the next one comes after
 
 
 def dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, group: str, expert_alignment: int, output: str = "auto"
 ) -> Dispatched:
     """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, a plan, ..."""
-    return Dispatched(*_dispatch_op(x, topk_idx, topk_weights, group, expert_alignment, output))
+    call = _dispatch_op if _is_watched() else _dispatch_autograd
+    return Dispatched(*call(x, topk_idx, topk_weights, group, expert_alignment, output))
 
 
 def replay(x: Tensor, plan: Tensor, *, group: str, rows: int) -> Tensor:
     """x [T, H] -> rows [rows, H] of an earlier dispatch's plan."""
-    return _replay_op(x, plan, group, rows)
+    call = _replay_op if _is_watched() else _replay_autograd
+    return call(x, plan, group, rows)[0]
 
 
 def combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str, num_tokens: int) -> Tensor:
     """y [rows, H], weights [rows] fp32 or None -> out [T, H] in y's dtype."""
-    return _combine_op(y, weights, plan, group, num_tokens)
+    call = _combine_op if _is_watched() else _combine_autograd
+    return call(y, weights, plan, group, num_tokens)[0]
+
+
+def _is_watched() -> bool:
+    """Whether a compiler or a mode has to see the operator itself; else its first kernel is called right away."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def tie(y: Tensor, rows: Tensor) -> Tensor:
@@ -115,11 +129,11 @@ class _Tie(torch.autograd.Function):
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, *options: Any) -> tuple[Tensor, ...]:
-        results = Dispatched(*_below_autograd(_dispatch_op, x, topk_idx, topk_weights, *options))
+        results = Dispatched(*_call(_dispatch_op, x, topk_idx, topk_weights, *options))
         ctx.group, ctx.num_tokens = options[0], x.shape[0]
         ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
         ctx.save_for_backward(results.plan)
-        ctx.mark_non_differentiable(results.scales, results.plan, results.tokens_per_expert, results.offsets)
+        ctx.mark_non_differentiable(results.scales, *results[3:])
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -135,40 +149,48 @@ class _Dispatch(torch.autograd.Function):
         if needs_weights:
             if grad_weights is None:
                 grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32)
-            grad_x, grad_topk_weights = _combine_grads_op(grad_rows, grad_weights, plan, ctx.group, ctx.num_tokens)
+            grad_x, grad_topk_weights, _ = _call(
+                _combine_grads_op, grad_rows, grad_weights, plan, ctx.group, ctx.num_tokens
+            )
         else:
-            grad_x = _combine_op(grad_rows, None, plan, ctx.group, ctx.num_tokens)
+            grad_x, _ = _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens)
         return grad_x if needs_x else None, grad_topk_weights, None, None, None, None
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, plan: Tensor, group: str, rows: int) -> tuple[Tensor, Tensor]:
         ctx.group, ctx.num_tokens = group, x.shape[0]
         ctx.save_for_backward(plan)
-        return _below_autograd(_replay_op, x, plan, group, rows)
+        out, done = _call(_replay_op, x, plan, group, rows)
+        ctx.mark_non_differentiable(done)
+        return out, done
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_rows: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (plan,) = ctx.saved_tensors
-        return _combine_op(grad_rows, None, plan, ctx.group, ctx.num_tokens), None, None, None
+        return _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens)[0], None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
         ctx.group, ctx.rows = group, y.shape[0]
         needs_weight_grads = weights is not None and ctx.needs_input_grad[1]
         # The plan, saved always, makes a checkpoint that stops early stop after this call on every rank, not on some.
         ctx.save_for_backward(weights, y if needs_weight_grads else None, plan)
-        return _below_autograd(_combine_op, y, weights, plan, group, num_tokens)
+        out, done = _call(_combine_op, y, weights, plan, group, num_tokens)
+        ctx.mark_non_differentiable(done)
+        return out, done
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         weights, y, plan = ctx.saved_tensors
-        grad_rows = _replay_op(grad_out, plan, ctx.group, ctx.rows)
+        grad_rows, _ = _call(_replay_op, grad_out, plan, ctx.group, ctx.rows)
         grad_weights = None if y is None else _weight_grads_op(grad_rows, y, plan, ctx.group)
         if not ctx.needs_input_grad[0]:
             return None, grad_weights, None, None, None
@@ -179,34 +201,37 @@ class _Combine(torch.autograd.Function):
 def _dispatch_autograd(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *options: Any) -> list[Tensor]:
     if _wants_graph(x, topk_weights):
         return list(_Dispatch.apply(x, topk_weights, topk_idx, *options))  # type: ignore[no-untyped-call]
-    return _below_autograd(_dispatch_op, x, topk_idx, topk_weights, *options)
+    return _call(_dispatch_op, x, topk_idx, topk_weights, *options)
 
 
-def _replay_autograd(x: Tensor, *options: Any) -> Tensor:
+def _replay_autograd(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if _wants_graph(x):
         return _Replay.apply(x, *options)  # type: ignore[no-untyped-call]
-    return _below_autograd(_replay_op, x, *options)
+    return _call(_replay_op, x, *options)
 
 
-def _combine_autograd(y: Tensor, weights: Tensor | None, *options: Any) -> Tensor:
+def _combine_autograd(y: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     if _wants_graph(y, weights):
         return _Combine.apply(y, weights, *options)  # type: ignore[no-untyped-call]
-    return _below_autograd(_combine_op, y, weights, *options)
+    return _call(_combine_op, y, weights, *options)
 
 
-def _below_autograd(op: Callable[..., _T], *args: Any) -> _T:
+_last_results: weakref.WeakKeyDictionary[torch.fx.Graph, Tensor] = weakref.WeakKeyDictionary()
+
+
+def _call(op: Callable[..., Any], *args: Any) -> Any:
+    """The results of a collective, below autograd. In a graph that is being recorded it comes after the one before."""
     with torch._C._AutoDispatchBelowAutograd():
-        if not torch._C._len_torch_dispatch_stack():
-            return op(*args)
-        proxy_mode = get_proxy_mode()
+        proxy_mode = get_proxy_mode() if torch._C._len_torch_dispatch_stack() else None
         if proxy_mode is None:
             return op(*args)
-        # A graph is being recorded. Where a checkpoint around us asks for recomputation, say that this is not for us:
-        # what is in the graph twice breaks the order, and the partitioner of torch 2.13 fails on it.
-        nodes = proxy_mode.tracer.graph.nodes
-        num_before = len(nodes)
-        results = op(*args)
-        for node in islice(reversed(nodes), len(nodes) - num_before):
+        graph = proxy_mode.tracer.graph
+        num_nodes = len(graph.nodes)
+        results = op(*args, _last_results.get(graph))
+        _last_results[graph] = results[-1]
+        # Where a checkpoint around us asks for recomputation, say that this is not for us: it would be in the graph
+        # twice, and the partitioner (2.13) fails on a token that forward and backward share.
+        for node in islice(reversed(graph.nodes), len(graph.nodes) - num_nodes):
             if "recompute" in node.meta:
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return results
@@ -216,48 +241,69 @@ def _wants_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-_library.impl("dispatch", _dispatch_autograd, "Autograd")
-_library.impl("replay", _replay_autograd, "Autograd")
-_library.impl("combine", _combine_autograd, "Autograd")
+def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, which Dynamo must not look into when a graph broke off right before the operator."""
+    frames = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "set_code_exec_strategy"):
+        return torch._disable_dynamo(kernel)  # the same, at some cost per call
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(kernel.__code__, frames._FrameExecStrategy(skip, skip))
+    return kernel
+
+
+_library.impl("dispatch", _opaque(_dispatch_autograd), "Autograd")
+_library.impl("replay", _opaque(_replay_autograd), "Autograd")
+_library.impl("combine", _opaque(_combine_autograd), "Autograd")
 
 
 # Shapes
 
 
 def _dispatch_fake(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, group: str, expert_alignment: int, output: str
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    group: str,
+    expert_alignment: int,
+    output: str,
+    after: Tensor | None = None,
 ) -> list[Tensor]:
     native = native_group.find(group)
     config, num_local_experts = native.config, native.config.num_experts // native.num_ranks
+    shape = (x.shape[0], config.top_k)
+    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        message = functools.partial(_shape_error, name, tensor, shape)
+        torch._check(tensor.shape[0] == shape[0], message)  # type: ignore[no-untyped-call]
     most_rows = native.num_ranks * config.max_tokens_per_rank * config.top_k
-    rows = torch.library.get_ctx().new_dynamic_size(
-        min=0, max=most_rows + num_local_experts * (expert_alignment - 1)
-    )
+    rows = torch.library.get_ctx().new_dynamic_size(min=0, max=most_rows + num_local_experts * (expert_alignment - 1))
     return list(
         Dispatched(
             rows=x.new_empty(rows, config.hidden_size),
             scales=x.new_empty(0, dtype=torch.float32),
             weights=x.new_empty(rows, dtype=torch.float32),
-            plan=torch.empty(1, dtype=plan_tensor.DTYPE, device="cpu"),
             tokens_per_expert=torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
             offsets=x.new_empty(num_local_experts + 1, dtype=torch.int32),
+            plan=torch.empty(1, dtype=plan_tensor.DTYPE, device="cpu"),
         )
     )
 
 
-def _replay_fake(x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
-    return x.new_empty(rows, x.shape[1])
+def _replay_fake(x: Tensor, plan: Tensor, group: str, rows: int, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(rows, x.shape[1]), torch.empty(0, device="cpu")
 
 
-def _combine_fake(y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int) -> Tensor:
-    return y.new_empty(num_tokens, y.shape[1])
+def _combine_fake(
+    y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(num_tokens, y.shape[1]), torch.empty(0, device="cpu")
 
 
 def _combine_grads_fake(
-    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int
-) -> tuple[Tensor, Tensor]:
+    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     top_k = native_group.find(group).config.top_k
-    return grad_rows.new_empty(num_tokens, grad_rows.shape[1]), grad_weights.new_empty(num_tokens, top_k)
+    grad_x = grad_rows.new_empty(num_tokens, grad_rows.shape[1])
+    return grad_x, grad_weights.new_empty(num_tokens, top_k), torch.empty(0, device="cpu")
 
 
 def _weight_grads_fake(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
@@ -268,7 +314,13 @@ def _weight_grads_fake(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -
 
 
 def _dispatch_cpu(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, group: str, expert_alignment: int, output: str
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    group: str,
+    expert_alignment: int,
+    output: str,
+    after: Tensor | None = None,
 ) -> list[Tensor]:
     native = native_group.find(group)
     if output != "auto":
@@ -282,38 +334,38 @@ def _dispatch_cpu(
         rows=rows,
         scales=torch.empty(0, dtype=torch.float32),
         weights=weights,
-        plan=plan_tensor.wrap(plan, group),
         tokens_per_expert=torch.tensor(plan.tokens_per_expert, dtype=torch.int64),
         offsets=torch.tensor(plan.offsets, dtype=torch.int32),
+        plan=plan_tensor.wrap(plan, group),
     )
     return list(results)
 
 
-def _replay_cpu(x: Tensor, plan: Tensor, group: str, rows: int) -> Tensor:
+def _replay_cpu(x: Tensor, plan: Tensor, group: str, rows: int, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
     _check_tokens(native.config, x)
     if x.shape[0] != native_plan.num_tokens:
         raise ValueError(f"x has {x.shape[0]} tokens, but the handle's dispatch had {native_plan.num_tokens}")
-    return native.replay(x.contiguous(), native_plan)
+    return native.replay(x.contiguous(), native_plan), torch.empty(0)
 
 
-def _combine_cpu(y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int) -> Tensor:
+def _combine_cpu(
+    y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
     _check_rows(native.config, y, weights, native_plan.rows)
     weights = None if weights is None else weights.contiguous()
-    return native.combine(y.contiguous(), native_plan, weights=weights)[0]
+    return native.combine(y.contiguous(), native_plan, weights=weights)[0], torch.empty(0)
 
 
 def _combine_grads_cpu(
-    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int
-) -> tuple[Tensor, Tensor]:
+    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
     _check_rows(native.config, grad_rows, grad_weights, native_plan.rows)
-    out, topk_weight_grads = native.combine(
-        grad_rows.contiguous(), native_plan, weight_grads=grad_weights.contiguous()
-    )
+    out, topk_weight_grads = native.combine(grad_rows.contiguous(), native_plan, weight_grads=grad_weights.contiguous())
     assert topk_weight_grads is not None
-    return out, topk_weight_grads
+    return out, topk_weight_grads, torch.empty(0)
 
 
 def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
@@ -342,13 +394,17 @@ def _check_routing(config: ExpertParallelConfig, x: Tensor, topk_idx: Tensor, to
     shape = (x.shape[0], config.top_k)
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if tensor.shape != shape:
-            raise ValueError(f"{name} must be [T, top_k] = {list(shape)}, not {list(tensor.shape)}")
+            raise ValueError(_shape_error(name, tensor, shape))
     if topk_idx.numel():
         lowest, highest = (int(value) for value in topk_idx.aminmax())
         if lowest < -1 or highest >= config.num_experts:
             raise ValueError(
                 f"topk_idx holds {lowest if lowest < -1 else highest}; expert ids are in [-1, {config.num_experts})"
             )
+
+
+def _shape_error(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    return f"{name} must be [T, top_k] = {list(shape)}, not {list(tensor.shape)}"
 
 
 def _check_rows(config: ExpertParallelConfig, y: Tensor, weights: Tensor | None, rows: int) -> None:
@@ -368,4 +424,4 @@ for _name, _fake, _kernel in (
     ("weight_grads", _weight_grads_fake, _weight_grads_cpu),
 ):
     torch.library.register_fake(f"moe_efa::{_name}", _fake, lib=_library)
-    _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, _opaque(_kernel), "CPU")
