@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_efa import _C, rendezvous
+from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, TransportError
 
@@ -209,8 +210,8 @@ def find(name: str) -> NativeGroup:
 
 
 def _name_of(config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> str:
-    """Unique here, and telling configurations apart: compiled graphs that hold a name may be cached on disk."""
-    facts = repr((config, agreement.num_ranks, agreement.node_size))
+    """Unique here, and different for what gives other shapes: compiled graphs, which hold names, are cached on disk."""
+    facts = repr((__version__, config, agreement.num_ranks, agreement.node_size))
     return f"moe_efa.{next(_serials)}.{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
