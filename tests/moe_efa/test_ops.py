@@ -49,7 +49,6 @@ def _clean() -> Iterator[None]:
     with (
         torch._inductor.config.patch(
             compile_threads=1,  # no pool of processes that outlives the tests
-            cpp_cache_precompile_headers=False,
             fx_graph_cache=False,  # graphs of an earlier run prove nothing
         ),
         torch._functorch.config.patch(enable_autograd_cache=False),
@@ -224,16 +223,14 @@ def test_gradients_of_part_of_the_inputs_compiled(ep: ExpertParallel) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_no_call_is_dropped_merged_or_moved(ep: ExpertParallel, backend: str, calls: list[tuple[str, float]]) -> None:
     def step(x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        ep.dispatch(x * 5, topk_idx, topk_weights)  # nobody wants it
+        ep.dispatch(x, topk_idx, topk_weights, expert_alignment=2)  # nobody wants it
         a = ep.dispatch(x, topk_idx, topk_weights)
         b = ep.dispatch(x, topk_idx, topk_weights)  # the same again
-        c = ep.dispatch(x + 1, topk_idx, topk_weights)
-        ep.dispatch(x - 1, handle=c.handle)
-        late = ep.combine(b.x * 3, b.handle)
-        ep.combine(a.x * 7, a.handle)
-        first = ep.combine(c.x, c.handle, weighted=False)
-        out = first - ep.combine(a.x, a.handle) + late
-        ep.combine(c.x * 9, c.handle)  # nor this, and nothing comes after it
+        ep.dispatch(x, handle=b.handle)
+        late = ep.combine(b.x, b.handle, weighted=False)
+        ep.combine(a.x, a.handle)
+        out = late - ep.combine(a.x, a.handle)
+        ep.combine(a.x, a.handle)  # nor this, and nothing comes after it
         return out
 
     inputs = make_inputs(6, seed=3)
@@ -242,13 +239,14 @@ def test_no_call_is_dropped_merged_or_moved(ep: ExpertParallel, backend: str, ca
     calls.clear()
     assert_same(run(torch.compile(step, backend=backend, fullgraph=True), inputs), expected)
     assert calls == eager
-    assert [name for name, _ in calls[:10]] == ["dispatch"] * 4 + ["replay"] + ["combine"] * 5
-    assert len(calls) == 10 + 3 * 2  # backward: three combines and three dispatches have a say in the result
+    assert [name for name, _ in calls[:8]] == ["dispatch"] * 3 + ["replay"] + ["combine"] * 4
+    assert len(calls) == 8 + 2 * 2  # backward: of the two combines and two dispatches that have a say in the result
+    assert len({total for _, total in calls[8:]}) > 2  # or their order would not show
     if backend == "aot_eager":
         calls.clear()
         with torch.no_grad():
             torch.compile(step, backend=backend, fullgraph=True)(*inputs)
-        assert calls == eager[:10]
+        assert calls == eager[:8]
 
 
 def test_handles_leave_and_enter_graphs(ep: ExpertParallel) -> None:
