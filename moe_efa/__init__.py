@@ -4,6 +4,7 @@ from typing import Any
 
 from moe_efa import libfabric
 from moe_efa._version import __version__
+from moe_efa.checkpoint import checkpoint_context, checkpoint_policy
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, PeerLostError, PeerTimeoutError, TransportError
 from moe_efa.expert_parallel import ExpertParallel
@@ -23,6 +24,8 @@ __all__ = [
     "TransportError",
     "__version__",
     "build_info",
+    "checkpoint_context",
+    "checkpoint_policy",
 ]
 
 

@@ -15,6 +15,7 @@ from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
 from moe_efa.handle import DispatchResult, Handle
 
+_DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 1  # offsets are int32
 
 
@@ -82,6 +83,7 @@ class ExpertParallel:
         except ConfigError as error:
             config = error  # raised by acquire, after the other ranks have heard of it
         self._native = native_group.acquire(group, config)
+        self._group = self._native.name
         self._closed = False
 
     @property
@@ -140,43 +142,43 @@ class ExpertParallel:
             TransportError: if the exchange failed; every later call raises the same.
         """
         self._check_open()
-        self._check_rows("x", x, None)
+        _check_tensor("x", x, _DTYPES)
         self._check_output(output, x)
-        scales: Tensor | None = None
         if handle is not None:
             self._check_handle(handle)
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights are not allowed with a handle, which has its own")
-            if x.shape[0] != handle.num_tokens:
-                raise ValueError(f"x has {x.shape[0]} tokens, but the handle's dispatch had {handle.num_tokens}")
             if expert_alignment not in (1, handle.expert_alignment):
                 raise ValueError(
                     f"expert_alignment={expert_alignment} differs from the handle's {handle.expert_alignment}"
                 )
             if output == "fp8":
-                rows, scales = self._native.replay_fp8(x, handle.plan)
+                rows, scales = ops.replay_fp8(x, handle.plan, group=self._group, rows=handle.rows)
                 return _result(rows, handle, scales)
-            return _result(ops.replay(self._native, x, handle.plan), handle)
+            return _result(ops.replay(x, handle.plan, group=self._group, rows=handle.rows), handle)
         if topk_idx is None or topk_weights is None:
             raise ValueError("dispatch needs topk_idx and topk_weights, or a handle")
-        self._check_routing(x, topk_idx, topk_weights)
+        _check_tensor("topk_idx", topk_idx, (torch.int64,))
+        _check_tensor("topk_weights", topk_weights, (torch.float32,))
         if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
             raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
         most_rows = self.num_ranks * self.config.max_tokens_per_rank * self.config.top_k
         if expert_alignment > 1 and most_rows + self.num_local_experts * (expert_alignment - 1) > _MAX_ROWS:
             raise ValueError(f"expert_alignment={expert_alignment} could pad the rows of a rank beyond {_MAX_ROWS}")
-        if output == "fp8":
-            rows, scales, weights, plan = ops.dispatch_fp8(self._native, x, topk_idx, topk_weights, expert_alignment)
-        else:
-            rows, weights, plan = ops.dispatch(self._native, x, topk_idx, topk_weights, expert_alignment)
+        received = ops.dispatch(
+            x, topk_idx, topk_weights, group=self._group, expert_alignment=expert_alignment, output=output
+        )
         handle = Handle(
-            plan=plan,
-            weights=weights,
+            plan=received.plan,
+            weights=received.weights,
+            tokens_per_expert=received.tokens_per_expert,
+            offsets=received.offsets,
+            num_tokens=x.shape[0],
             expert_alignment=expert_alignment,
             top_k=self.config.top_k,
-            owner=self._native,
+            group=self._group,
         )
-        return _result(rows, handle, scales)
+        return _result(received.rows, handle, received.scales if output == "fp8" else None)
 
     def combine(self, y: Tensor, handle: Handle, *, weighted: bool = True) -> Tensor:
         """Bring the experts' rows back to their tokens and add them. Collective; so is its backward.
@@ -194,8 +196,9 @@ class ExpertParallel:
         """
         self._check_open()
         self._check_handle(handle)
-        self._check_rows("y", y, handle.rows)
-        return ops.combine(self._native, y, handle.weights if weighted else None, handle.plan)
+        _check_tensor("y", y, _DTYPES)
+        weights = handle.weights if weighted else None
+        return ops.combine(y, weights, handle.plan, group=self._group, num_tokens=handle.num_tokens)
 
     def moe(
         self,
@@ -262,18 +265,6 @@ class ExpertParallel:
         if self._closed:
             raise ClosedError("this ExpertParallel was closed")
 
-    def _check_rows(self, name: str, tensor: Tensor, rows: int | None) -> None:
-        _check_tensor(name, tensor, (torch.bfloat16, torch.float32))
-        if tensor.dim() != 2 or tensor.shape[1] != self.config.hidden_size:
-            expected = "T" if rows is None else str(rows)
-            raise ValueError(f"{name} must be [{expected}, {self.config.hidden_size}], not {list(tensor.shape)}")
-        if rows is None and tensor.shape[0] > self.config.max_tokens_per_rank:
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} tokens, more than max_tokens_per_rank={self.config.max_tokens_per_rank}"
-            )
-        if rows is not None and tensor.shape[0] != rows:
-            raise ValueError(f"{name} has {tensor.shape[0]} rows, but the handle's dispatch gave {rows}")
-
     def _check_output(self, output: str, x: Tensor) -> None:
         if output not in ("same", "fp8"):
             raise ValueError(f"output must be 'same' or 'fp8', not {output!r}")
@@ -287,26 +278,11 @@ class ExpertParallel:
                 "detach x, or take output='same'"
             )
 
-    def _check_routing(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
-        _check_tensor("topk_idx", topk_idx, (torch.int64,))
-        _check_tensor("topk_weights", topk_weights, (torch.float32,))
-        shape = (x.shape[0], self.config.top_k)
-        for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-            if tensor.shape != shape:
-                raise ValueError(f"{name} must be [T, top_k] = {list(shape)}, not {list(tensor.shape)}")
-        if topk_idx.numel():
-            lowest, highest = (int(value) for value in topk_idx.aminmax())
-            if lowest < -1 or highest >= self.config.num_experts:
-                raise ValueError(
-                    f"topk_idx holds {lowest if lowest < -1 else highest}; expert ids are in "
-                    f"[-1, {self.config.num_experts})"
-                )
-
     def _check_handle(self, handle: Handle) -> None:
         if not isinstance(handle, Handle):
             hint = ": pass its .handle" if isinstance(handle, DispatchResult) else ""
             raise ValueError(f"handle must be the handle of a DispatchResult, not a {type(handle).__name__}{hint}")
-        if handle.owner is not self._native:
+        if handle.group != self._group:
             raise ValueError("the handle belongs to another ExpertParallel (another group or configuration)")
 
 
@@ -328,8 +304,8 @@ def _strides(tensor: Tensor) -> object:
 def _result(rows: Tensor, handle: Handle, scales: Tensor | None = None) -> DispatchResult:
     return DispatchResult(
         x=rows,
-        tokens_per_expert=torch.tensor(handle.plan.tokens_per_expert, dtype=torch.int64),
-        offsets=torch.tensor(handle.plan.offsets, dtype=torch.int32),
+        tokens_per_expert=handle.tokens_per_expert,
+        offsets=handle.offsets,
         weights=handle.weights,
         handle=handle,
         scales=scales,

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from moe_efa import _C
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,21 +15,19 @@ class Handle:
     bytes per dispatched row, and through ``weights`` the autograd graph of the dispatch that made it.
     """
 
-    plan: _C.Plan = field(repr=False)
+    plan: Tensor = field(repr=False)  # see plan_tensor.py
     weights: Tensor = field(repr=False)  # [rows] fp32, connected to topk_weights
+    tokens_per_expert: Tensor = field(repr=False)
+    offsets: Tensor = field(repr=False)
+    num_tokens: int  # that this rank dispatched
     expert_alignment: int
     top_k: int
-    owner: object = field(repr=False)  # the native group whose plan this is
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that this rank dispatched."""
-        return self.plan.num_tokens
+    group: str = field(repr=False)  # name of the native group whose plan this is
 
     @property
     def rows(self) -> int:
         """Rows that this rank received, padding included."""
-        return self.plan.rows
+        return self.weights.shape[0]
 
 
 @dataclass(frozen=True, eq=False)

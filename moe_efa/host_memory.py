@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 
 from moe_efa import _C, env
 
@@ -22,7 +23,9 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     if nbytes < _LEAST_BYTES:
         return torch.empty(*shape, dtype=dtype)
     storage = torch.frombuffer(pool().take(nbytes), dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # not a view: it may be changed in place
+    return torch.empty(0, dtype=dtype).set_(
+        storage, 0, shape, make_contiguous_strides_for(shape)
+    )  # not a view: it may be changed in place
 
 
 def pool() -> _C.HostPool:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
+import itertools
 import multiprocessing.util
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_efa import _C, host_memory, rendezvous
+from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, TransportError
 from moe_efa.quantization import BLOCK_SIZE
@@ -33,6 +37,7 @@ class NativeGroup:
 
     def __init__(self, native: _C.Group, config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> None:
         self.config = config
+        self.name = _name_of(config, agreement)
         self.rank = agreement.rank
         self.num_ranks = agreement.num_ranks
         self.node_size = agreement.node_size
@@ -234,6 +239,24 @@ def _pointer(tensor: Tensor | None) -> int:
     return tensor.data_ptr() or _NOTHING.data_ptr()
 
 
+_serials = itertools.count()
+_by_name: weakref.WeakValueDictionary[str, NativeGroup] = weakref.WeakValueDictionary()
+
+
+def find(name: str) -> NativeGroup:
+    """The native group of this name; also a closed one, which raises why at every call, while something keeps it."""
+    found = _by_name.get(name)
+    if found is None:
+        raise ClosedError("the native group was closed")
+    return found
+
+
+def _name_of(config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> str:
+    """Unique here, and different for what gives other shapes: compiled graphs, which hold names, are cached on disk."""
+    facts = repr((__version__, config, agreement.num_ranks, agreement.node_size))
+    return f"moe_efa.{next(_serials)}.{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
 _Key = tuple[int, tuple[int, ...], ExpertParallelConfig]
 _registry: dict[_Key, NativeGroup] = {}
 _live: set[NativeGroup] = set()
@@ -269,6 +292,7 @@ def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | Conf
             existing = NativeGroup(native, config, agreement)
             with _registry_lock:
                 _registry[key] = existing
+                _by_name[existing.name] = existing
                 _live.add(existing)
                 _hook_exit()
         with _registry_lock:

@@ -1,51 +1,124 @@
-"""Dispatch and combine as differentiable functions. Backward uses the forward's plan (I8) and is collective too.
+"""Dispatch and combine as operators of torch, with gradients. Backward uses the forward's plan (I8), collective too.
 
-    dispatch:  rows = x[source], weights = topk_weights[source]
+    dispatch, replay:  rows = x[source], weights = topk_weights[source]
        backward: grad_x = combine(grad_rows), unweighted; the gradients of the weights ride along as fp32
     combine:   out[t] = sum over k of w * y
-       backward: grad_rows = dispatch(grad_out) on the plan; grad_y = w * grad_rows; grad_w = sum over H grad_rows * y
+       backward: grad_rows = replay(grad_out); grad_y = w * grad_rows; grad_w = sum over H grad_rows * y
 
 A collective backward runs on a rank only if the rank's graph contains it. So whether an input requires a gradient must
 be the same on all ranks, and the results must reach the loss also on ranks without tokens or rows.
+
+Groups go by name and plans as tensors (plan_tensor.py), so that a graph can hold calls. The kernels check what depends
+on values, or on sizes that a compiler leaves open; by then nothing has been sent (I17).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import weakref
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils.checkpoint import CheckpointPolicy
 
-if TYPE_CHECKING:
-    from moe_efa import _C
-    from moe_efa.native_group import NativeGroup
+from moe_efa import _C, native_group, plan_tensor
+from moe_efa.config import ExpertParallelConfig
+from moe_efa.native_group import NativeGroup
+from moe_efa.quantization import BLOCK_SIZE
+
+FP8_DTYPE = torch.float8_e4m3fn
 
 _BLOCK_ELEMENTS = 1 << 22  # bounds the fp32 temporaries of a weight gradient
 
+_library: Any = torch.library.Library("moe_efa", "DEF")  # type: ignore[no-untyped-call]
+# A list, because Inductor (2.13) loses the sizes found at run time in the results of an ordered operator with several.
+_library.define(
+    "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, str group, int expert_alignment, str output,"
+    " Tensor? after=None) -> Tensor[]"
+)
+_library.define(
+    "replay(Tensor x, Tensor plan, str group, SymInt rows, bool gradient=False, Tensor? after=None)"
+    " -> (Tensor, Tensor done)"
+)
+_library.define(
+    "replay_fp8(Tensor x, Tensor plan, str group, SymInt rows, Tensor? after=None)"
+    " -> (Tensor, Tensor scales, Tensor done)"
+)
+_library.define(
+    "combine(Tensor y, Tensor? weights, Tensor plan, str group, SymInt num_tokens, bool gradient=False,"
+    " Tensor? after=None) -> (Tensor, Tensor done)"
+)
+_library.define(
+    "combine_grads(Tensor grad_rows, Tensor grad_weights, Tensor plan, str group, SymInt num_tokens,"
+    " Tensor? after=None) -> (Tensor, Tensor, Tensor done)"
+)
+_library.define("weight_grads(Tensor grad_rows, Tensor y, Tensor plan, str group) -> Tensor")
+
+_dispatch_op = torch.ops.moe_efa.dispatch.default
+_replay_op = torch.ops.moe_efa.replay.default
+_replay_fp8_op = torch.ops.moe_efa.replay_fp8.default
+_combine_op = torch.ops.moe_efa.combine.default
+_combine_grads_op = torch.ops.moe_efa.combine_grads.default
+_weight_grads_op = torch.ops.moe_efa.weight_grads.default
+
+COLLECTIVES = frozenset({_dispatch_op, _replay_op, _replay_fp8_op, _combine_op, _combine_grads_op})
+"""The operators that meet the other ranks."""
+
+# Ordered: a token of torch's runs through a graph's collectives, forward and backward, so that none is dropped, merged
+# or run again for backward. Dynamo's own graph has no tokens yet, so it is told, too, that results are not everything.
+# Inductor (2.13) drops the order between them when it lowers tokens; hence `after`, see _call.
+for _op in COLLECTIVES:
+    _register_effectful_op(_op, _EffectType.ORDERED)
+    torch.fx.node.has_side_effect(_op)
+
+
+class Dispatched(NamedTuple):
+    """Results of a dispatch, with the fields of DispatchResult; scales [0] where rows have none."""
+
+    rows: Tensor
+    scales: Tensor
+    weights: Tensor
+    tokens_per_expert: Tensor
+    offsets: Tensor
+    plan: Tensor  # the last result of a collective is what the next one comes after
+
 
 def dispatch(
-    native_group: NativeGroup, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
-) -> tuple[Tensor, Tensor, _C.Plan]:
-    """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, plan."""
-    return _Dispatch.apply(x, topk_weights, topk_idx, native_group, expert_alignment)  # type: ignore[no-untyped-call]
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, group: str, expert_alignment: int, output: str = "same"
+) -> Dispatched:
+    """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, a plan, ..."""
+    call = _dispatch_op if _is_watched() else _dispatch_autograd
+    return Dispatched(*call(x, topk_idx, topk_weights, group, expert_alignment, output))
 
 
-def dispatch_fp8(
-    native_group: NativeGroup, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
-) -> tuple[Tensor, Tensor, Tensor, _C.Plan]:
-    """As dispatch, for an x without gradient: rows [rows, H] e4m3, scales [rows, blocks] fp32, weights, plan."""
-    return _DispatchFp8.apply(x, topk_weights, topk_idx, native_group, expert_alignment)  # type: ignore[no-untyped-call]
-
-
-def replay(native_group: NativeGroup, x: Tensor, plan: _C.Plan) -> Tensor:
+def replay(x: Tensor, plan: Tensor, *, group: str, rows: int) -> Tensor:
     """x [T, H] -> rows [rows, H] of an earlier dispatch's plan."""
-    return _Replay.apply(x, native_group, plan)  # type: ignore[no-untyped-call]
+    call = _replay_op if _is_watched() else _replay_autograd
+    return call(x, plan, group, rows, False)[0]
 
 
-def combine(native_group: NativeGroup, y: Tensor, weights: Tensor | None, plan: _C.Plan) -> Tensor:
+def replay_fp8(x: Tensor, plan: Tensor, *, group: str, rows: int) -> tuple[Tensor, Tensor]:
+    """x [T, H] without gradient -> rows [rows, H] e4m3 and scales [rows, blocks] fp32 of an earlier dispatch's plan."""
+    call = _replay_fp8_op if _is_watched() else functools.partial(_call, _replay_fp8_op)
+    q, scales, _ = call(x, plan, group, rows)
+    return q, scales
+
+
+def combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str, num_tokens: int) -> Tensor:
     """y [rows, H], weights [rows] fp32 or None -> out [T, H] in y's dtype."""
-    return _Combine.apply(y, weights, native_group, plan)  # type: ignore[no-untyped-call]
+    call = _combine_op if _is_watched() else _combine_autograd
+    return call(y, weights, plan, group, num_tokens, False)[0]
+
+
+def _is_watched() -> bool:
+    """Whether a compiler or a mode has to see the operator itself; else its first kernel is called right away."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def tie(y: Tensor, rows: Tensor) -> Tensor:
@@ -69,82 +142,301 @@ class _Tie(torch.autograd.Function):
         return None, torch.zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
 
 
+# Gradients
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, native_group: NativeGroup, expert_alignment: int
-    ) -> tuple[Tensor, Tensor, _C.Plan]:
-        plan, rows, weights = native_group.dispatch(x, topk_idx, topk_weights, expert_alignment)
-        ctx.native_group, ctx.plan = native_group, plan
-        return rows, weights, plan
+    def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        results = Dispatched(*_call(_dispatch_op, x, topk_idx, topk_weights, *options))
+        ctx.group, ctx.num_tokens = options[0], x.shape[0]
+        ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
+        ctx.save_for_backward(results.plan)
+        fp8 = () if results.rows.dtype == x.dtype else (results.rows,)
+        ctx.mark_non_differentiable(*fp8, results.scales, *results[3:])
+        ctx.set_materialize_grads(False)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (plan,) = ctx.saved_tensors
+        grad_rows, _, grad_weights = grads[:3]
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        grad_x, grad_topk_weights = ctx.native_group.combine(
-            grad_rows.contiguous(),
-            ctx.plan,
-            weight_grads=grad_weights.contiguous() if needs_weights else None,
-            gradient=True,
-        )
-        return grad_x if needs_x else None, grad_topk_weights, None, None, None
-
-
-class _DispatchFp8(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, native_group: NativeGroup, expert_alignment: int
-    ) -> tuple[Tensor, Tensor, Tensor, _C.Plan]:
-        plan, rows, scales, weights = native_group.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment)
-        ctx.native_group, ctx.plan, ctx.x_shape, ctx.x_dtype = native_group, plan, x.shape, x.dtype
-        ctx.mark_non_differentiable(rows, scales)
-        return rows, scales, weights, plan
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor, __: Tensor, grad_weights: Tensor, ___: None) -> tuple[Tensor | None, ...]:
-        # The weights' gradients ride on rows, which have none of their own here.
-        no_grad_rows = torch.zeros(ctx.plan.rows, ctx.x_shape[1], dtype=ctx.x_dtype)
-        _, grad_topk_weights = ctx.native_group.combine(
-            no_grad_rows, ctx.plan, weight_grads=grad_weights.contiguous(), gradient=True
-        )
-        return None, grad_topk_weights, None, None, None
+        if grad_rows is None:
+            grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype)
+        grad_topk_weights = None
+        if needs_weights:
+            if grad_weights is None:
+                grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32)
+            grad_x, grad_topk_weights, _ = _call(
+                _combine_grads_op, grad_rows, grad_weights, plan, ctx.group, ctx.num_tokens
+            )
+        else:
+            grad_x, _ = _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens, True)
+        return grad_x if needs_x else None, grad_topk_weights, None, None, None, None
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, native_group: NativeGroup, plan: _C.Plan) -> Tensor:
-        ctx.native_group, ctx.plan = native_group, plan
-        return native_group.replay(x, plan)
+    def forward(
+        ctx: Any, x: Tensor, plan: Tensor, group: str, rows: int, gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        ctx.group, ctx.num_tokens = group, x.shape[0]
+        ctx.save_for_backward(plan)
+        out, done = _call(_replay_op, x, plan, group, rows, gradient)
+        ctx.mark_non_differentiable(done)
+        return out, done
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.native_group.combine(grad_rows.contiguous(), ctx.plan, gradient=True)[0], None, None
+    def backward(ctx: Any, grad_rows: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (plan,) = ctx.saved_tensors
+        grad_x, _ = _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens, True)
+        return grad_x, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weights: Tensor | None, native_group: NativeGroup, plan: _C.Plan) -> Tensor:
-        ctx.native_group, ctx.plan = native_group, plan
+    def forward(
+        ctx: Any, y: Tensor, weights: Tensor | None, plan: Tensor, group: str, num_tokens: int, gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        ctx.group, ctx.rows = group, y.shape[0]
         needs_weight_grads = weights is not None and ctx.needs_input_grad[1]
-        ctx.save_for_backward(weights, y if needs_weight_grads else None)
-        return native_group.combine(y, plan, weights=weights)[0]
+        # The plan, saved always, makes a checkpoint that stops early stop after this call on every rank, not on some.
+        ctx.save_for_backward(weights, y if needs_weight_grads else None, plan)
+        out, done = _call(_combine_op, y, weights, plan, group, num_tokens, gradient)
+        ctx.mark_non_differentiable(done)
+        return out, done
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        weights, y = ctx.saved_tensors
-        grad_rows = ctx.native_group.replay(grad_out.contiguous(), ctx.plan, gradient=True)
-        grad_weights = None if y is None else _weight_grads(grad_rows, y, ctx.plan)
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        weights, y, plan = ctx.saved_tensors
+        grad_rows, _ = _call(_replay_op, grad_out, plan, ctx.group, ctx.rows, True)
+        grad_weights = None if y is None else _weight_grads_op(grad_rows, y, plan, ctx.group)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weights, None, None
+            return None, grad_weights, None, None, None, None
         grad_y = grad_rows if weights is None else (weights[:, None] * grad_rows).to(grad_rows.dtype)
-        return grad_y, grad_weights, None, None
+        return grad_y, grad_weights, None, None, None, None
 
 
-def _weight_grads(grad_rows: Tensor, y: Tensor, plan: _C.Plan) -> Tensor:
+def _dispatch_autograd(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *options: Any) -> list[Tensor]:
+    if _wants_graph(x, topk_weights):
+        return list(_Dispatch.apply(x, topk_weights, topk_idx, *options))  # type: ignore[no-untyped-call]
+    return _call(_dispatch_op, x, topk_idx, topk_weights, *options)
+
+
+def _replay_autograd(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    if _wants_graph(x):
+        return _Replay.apply(x, *options)  # type: ignore[no-untyped-call]
+    return _call(_replay_op, x, *options)
+
+
+def _combine_autograd(y: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    if _wants_graph(y, weights):
+        return _Combine.apply(y, weights, *options)  # type: ignore[no-untyped-call]
+    return _call(_combine_op, y, weights, *options)
+
+
+_last_results: weakref.WeakKeyDictionary[torch.fx.Graph, Tensor] = weakref.WeakKeyDictionary()
+
+
+def _call(op: Callable[..., Any], *args: Any) -> Any:
+    """The results of a collective, below autograd. In a graph that is being recorded it comes after the one before."""
+    with torch._C._AutoDispatchBelowAutograd():
+        proxy_mode = get_proxy_mode() if torch._C._len_torch_dispatch_stack() else None
+        if proxy_mode is None:
+            return op(*args)
+        graph = proxy_mode.tracer.graph
+        num_nodes = len(graph.nodes)
+        results = op(*args, after=_last_results.get(graph))
+        _last_results[graph] = results[-1]
+        # Where a checkpoint around us asks for recomputation, say that this is not for us: it would be in the graph
+        # twice, and the partitioner (2.13) fails on a token that forward and backward share.
+        for node in islice(reversed(graph.nodes), len(graph.nodes) - num_nodes):
+            if "recompute" in node.meta:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return results
+
+
+def _wants_graph(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, which Dynamo must not look into when a graph broke off right before the operator."""
+    frames = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "set_code_exec_strategy"):
+        return torch._disable_dynamo(kernel)  # the same, at some cost per call
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(kernel.__code__, frames._FrameExecStrategy(skip, skip))
+    return kernel
+
+
+_library.impl("dispatch", _opaque(_dispatch_autograd), "Autograd")
+_library.impl("replay", _opaque(_replay_autograd), "Autograd")
+_library.impl("combine", _opaque(_combine_autograd), "Autograd")
+
+
+# Shapes
+
+
+def _dispatch_fake(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    group: str,
+    expert_alignment: int,
+    output: str,
+    after: Tensor | None = None,
+) -> list[Tensor]:
+    native = native_group.find(group)
+    config, num_local_experts = native.config, native.config.num_experts // native.num_ranks
+    shape = (x.shape[0], config.top_k)
+    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        message = functools.partial(_shape_error, name, tensor, shape)
+        torch._check(tensor.shape[0] == shape[0], message)  # type: ignore[no-untyped-call]
+    most_rows = native.num_ranks * config.max_tokens_per_rank * config.top_k
+    rows = torch.library.get_ctx().new_dynamic_size(min=0, max=most_rows + num_local_experts * (expert_alignment - 1))
+    return list(
+        Dispatched(
+            rows=x.new_empty(rows, config.hidden_size, dtype=FP8_DTYPE if output == "fp8" else x.dtype),
+            scales=x.new_empty(*_scales_shape(rows, config, output), dtype=torch.float32),
+            weights=x.new_empty(rows, dtype=torch.float32),
+            tokens_per_expert=torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
+            offsets=x.new_empty(num_local_experts + 1, dtype=torch.int32),
+            plan=torch.empty(1, dtype=plan_tensor.DTYPE, device="cpu"),
+        )
+    )
+
+
+def _scales_shape(rows: int | torch.SymInt, config: ExpertParallelConfig, output: str) -> tuple[Any, ...]:
+    return (rows, -(-config.hidden_size // BLOCK_SIZE)) if output == "fp8" else (0,)
+
+
+def _replay_fake(
+    x: Tensor, plan: Tensor, group: str, rows: int, gradient: bool = False, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(rows, x.shape[1]), torch.empty(0, device="cpu")
+
+
+def _replay_fp8_fake(
+    x: Tensor, plan: Tensor, group: str, rows: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scales = x.new_empty(rows, -(-x.shape[1] // BLOCK_SIZE), dtype=torch.float32)
+    return x.new_empty(rows, x.shape[1], dtype=FP8_DTYPE), scales, torch.empty(0, device="cpu")
+
+
+def _combine_fake(
+    y: Tensor,
+    weights: Tensor | None,
+    plan: Tensor,
+    group: str,
+    num_tokens: int,
+    gradient: bool = False,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(num_tokens, y.shape[1]), torch.empty(0, device="cpu")
+
+
+def _combine_grads_fake(
+    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    top_k = native_group.find(group).config.top_k
+    grad_x = grad_rows.new_empty(num_tokens, grad_rows.shape[1])
+    return grad_x, grad_weights.new_empty(num_tokens, top_k), torch.empty(0, device="cpu")
+
+
+def _weight_grads_fake(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
+    return y.new_empty(y.shape[0], dtype=torch.float32)
+
+
+# Kernels. Compiled graphs and autograd may hand over any strides.
+
+
+def _dispatch_cpu(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    group: str,
+    expert_alignment: int,
+    output: str,
+    after: Tensor | None = None,
+) -> list[Tensor]:
+    native = native_group.find(group)
+    if output not in ("same", "fp8"):
+        raise ValueError(f"output must be 'same' or 'fp8', not {output!r}")
+    _check_tokens(native.config, x)
+    _check_routing(native.config, x, topk_idx, topk_weights)
+    x, topk_idx, topk_weights = x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
+    if output == "fp8":
+        plan, rows, scales, weights = native.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment)
+    else:
+        plan, rows, weights = native.dispatch(x, topk_idx, topk_weights, expert_alignment)
+        scales = torch.empty(0, dtype=torch.float32)
+    results = Dispatched(
+        rows=rows,
+        scales=scales,
+        weights=weights,
+        tokens_per_expert=torch.tensor(plan.tokens_per_expert, dtype=torch.int64),
+        offsets=torch.tensor(plan.offsets, dtype=torch.int32),
+        plan=plan_tensor.wrap(plan, group),
+    )
+    return list(results)
+
+
+def _replay_cpu(
+    x: Tensor, plan: Tensor, group: str, rows: int, gradient: bool = False, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    native, native_plan = _find_replay(x, plan, group)
+    return native.replay(x.contiguous(), native_plan, gradient=gradient), torch.empty(0)
+
+
+def _replay_fp8_cpu(
+    x: Tensor, plan: Tensor, group: str, rows: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    native, native_plan = _find_replay(x, plan, group)
+    return *native.replay_fp8(x.contiguous(), native_plan), torch.empty(0)
+
+
+def _find_replay(x: Tensor, plan: Tensor, group: str) -> tuple[NativeGroup, _C.Plan]:
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_tokens(native.config, x)
+    if x.shape[0] != native_plan.num_tokens:
+        raise ValueError(f"x has {x.shape[0]} tokens, but the handle's dispatch had {native_plan.num_tokens}")
+    return native, native_plan
+
+
+def _combine_cpu(
+    y: Tensor,
+    weights: Tensor | None,
+    plan: Tensor,
+    group: str,
+    num_tokens: int,
+    gradient: bool = False,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_rows(native.config, y, weights, native_plan.rows)
+    weights = None if weights is None else weights.contiguous()
+    out, _ = native.combine(y.contiguous(), native_plan, weights=weights, gradient=gradient)
+    return out, torch.empty(0)
+
+
+def _combine_grads_cpu(
+    grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_rows(native.config, grad_rows, grad_weights, native_plan.rows)
+    out, topk_weight_grads = native.combine(
+        grad_rows.contiguous(), native_plan, weight_grads=grad_weights.contiguous(), gradient=True
+    )
+    assert topk_weight_grads is not None
+    return out, topk_weight_grads, torch.empty(0)
+
+
+def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
     rows, hidden_size = y.shape
     grads = torch.empty(rows, dtype=torch.float32)
@@ -152,7 +444,53 @@ def _weight_grads(grad_rows: Tensor, y: Tensor, plan: _C.Plan) -> Tensor:
     for start in range(0, rows, block):
         stop = start + block
         grads[start:stop] = (grad_rows[start:stop].float() * y[start:stop].float()).sum(-1)
-    offsets = plan.offsets
-    for start, stop, count in zip(offsets[:-1], offsets[1:], plan.tokens_per_expert, strict=True):
+    native_plan = plan_tensor.unwrap(plan, group)
+    offsets = native_plan.offsets
+    for start, stop, count in zip(offsets[:-1], offsets[1:], native_plan.tokens_per_expert, strict=True):
         grads[start + count : stop] = 0.0
     return grads
+
+
+def _check_tokens(config: ExpertParallelConfig, x: Tensor) -> None:
+    if x.dim() != 2 or x.shape[1] != config.hidden_size:
+        raise ValueError(f"x must be [T, {config.hidden_size}], not {list(x.shape)}")
+    if x.shape[0] > config.max_tokens_per_rank:
+        raise ValueError(f"x has {x.shape[0]} tokens, more than max_tokens_per_rank={config.max_tokens_per_rank}")
+
+
+def _check_routing(config: ExpertParallelConfig, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+    shape = (x.shape[0], config.top_k)
+    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        if tensor.shape != shape:
+            raise ValueError(_shape_error(name, tensor, shape))
+    if topk_idx.numel():
+        lowest, highest = (int(value) for value in topk_idx.aminmax())
+        if lowest < -1 or highest >= config.num_experts:
+            raise ValueError(
+                f"topk_idx holds {lowest if lowest < -1 else highest}; expert ids are in [-1, {config.num_experts})"
+            )
+
+
+def _shape_error(name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    return f"{name} must be [T, top_k] = {list(shape)}, not {list(tensor.shape)}"
+
+
+def _check_rows(config: ExpertParallelConfig, y: Tensor, weights: Tensor | None, rows: int) -> None:
+    if y.dim() != 2 or y.shape[1] != config.hidden_size:
+        raise ValueError(f"y must be [{rows}, {config.hidden_size}], not {list(y.shape)}")
+    if y.shape[0] != rows:
+        raise ValueError(f"y has {y.shape[0]} rows, but the handle's dispatch gave {rows}")
+    if weights is not None and weights.shape != (rows,):
+        raise ValueError(f"weights must be [{rows}], not {list(weights.shape)}")
+
+
+for _name, _fake, _kernel in (
+    ("dispatch", _dispatch_fake, _dispatch_cpu),
+    ("replay", _replay_fake, _replay_cpu),
+    ("replay_fp8", _replay_fp8_fake, _replay_fp8_cpu),
+    ("combine", _combine_fake, _combine_cpu),
+    ("combine_grads", _combine_grads_fake, _combine_grads_cpu),
+    ("weight_grads", _weight_grads_fake, _weight_grads_cpu),
+):
+    torch.library.register_fake(f"moe_efa::{_name}", _fake, lib=_library)
+    _library.impl(_name, _opaque(_kernel), "CPU")

@@ -30,8 +30,9 @@ INPUT_OUTPUT = re.compile(
 PYTHON_LAYERS = (
     ("_C", "_version", "env", "errors", "config"),
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
-    ("handle", "native_group"),
+    ("handle", "native_group", "plan_tensor"),
     ("ops",),
+    ("checkpoint",),
     ("expert_parallel",),
     ("nn",),
     ("models",),
