@@ -27,7 +27,11 @@ class ExpertParallel:
     share one native group, so a model may build one object per layer.
 
     Backward passes are collective as well: whether x and topk_weights require gradients must be the same on all ranks,
-    and the results must reach the loss also on ranks without tokens or rows.
+    and the results must reach the loss also on ranks without tokens or rows. There are no second derivatives.
+
+    Calls may stand in functions for ``torch.compile(fullgraph=True)``; what is then wrong with dtypes and layouts shows
+    when torch traces, and everything else when the graph runs. For torch.utils.checkpoint see
+    :func:`moe_efa.checkpoint_context`.
 
     Args:
         group: torch.distributed process group of any backend, for the rendezvous only (no reference is kept), or None

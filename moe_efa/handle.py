@@ -12,7 +12,8 @@ class Handle:
     """The routing of one dispatch, for combine, for backward and for replays. Opaque: its fields may change.
 
     Any number of handles may be alive, and used in any order that is the same on all ranks. A handle keeps at most 16
-    bytes per dispatched row, and through ``weights`` the autograd graph of the dispatch that made it.
+    bytes per dispatched row, and through ``weights`` the autograd graph of the dispatch that made it. It may enter and
+    leave compiled functions. A copy, as of copy.deepcopy, works while the original lives.
     """
 
     plan: Tensor = field(repr=False)  # see plan_tensor.py

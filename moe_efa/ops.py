@@ -245,7 +245,9 @@ _last_results: weakref.WeakKeyDictionary[torch.fx.Graph, Tensor] = weakref.WeakK
 def _call(op: Callable[..., Any], *args: Any) -> Any:
     """The results of a collective, below autograd. In a graph that is being recorded it comes after the one before."""
     with torch._C._AutoDispatchBelowAutograd():
-        proxy_mode = get_proxy_mode() if torch._C._len_torch_dispatch_stack() else None
+        if not torch._C._len_torch_dispatch_stack():
+            return (_kernel_of[op] if _goes_straight(args[0]) else op)(*args)
+        proxy_mode = get_proxy_mode()
         if proxy_mode is None:
             return op(*args)
         graph = proxy_mode.tracer.graph
@@ -258,6 +260,14 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
             if "recompute" in node.meta:
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         return results
+
+
+_kernel_of: dict[Callable[..., Any], Callable[..., Any]] = {}  # on the CPU
+
+
+def _goes_straight(x: Tensor) -> bool:
+    """Whether torch would do nothing but call the kernel: the way there costs as much as a small call."""
+    return type(x) is Tensor and x.is_cpu and not torch.autograd._profiler_enabled()
 
 
 def _wants_graph(*tensors: Tensor | None) -> bool:
@@ -438,17 +448,19 @@ def _combine_grads_cpu(
 
 def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
-    rows, hidden_size = y.shape
-    grads = torch.empty(rows, dtype=torch.float32)
-    block = max(1, _BLOCK_ELEMENTS // hidden_size)
-    for start in range(0, rows, block):
-        stop = start + block
-        grads[start:stop] = (grad_rows[start:stop].float() * y[start:stop].float()).sum(-1)
+    grads = torch.cat([(a.float() * b.float()).sum(-1) for a, b in zip(_blocks(grad_rows), _blocks(y), strict=True)])
     native_plan = plan_tensor.unwrap(plan, group)
     offsets = native_plan.offsets
     for start, stop, count in zip(offsets[:-1], offsets[1:], native_plan.tokens_per_expert, strict=True):
-        grads[start + count : stop] = 0.0
+        if start + count < stop:
+            grads[start + count : stop] = 0.0
     return grads
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows in parts of at most _BLOCK_ELEMENTS elements, or one row."""
+    most_rows = max(1, _BLOCK_ELEMENTS // rows.shape[1])
+    return torch.split(rows, most_rows) if len(rows) > most_rows else (rows,)
 
 
 def _check_tokens(config: ExpertParallelConfig, x: Tensor) -> None:
@@ -484,13 +496,14 @@ def _check_rows(config: ExpertParallelConfig, y: Tensor, weights: Tensor | None,
         raise ValueError(f"weights must be [{rows}], not {list(weights.shape)}")
 
 
-for _name, _fake, _kernel in (
-    ("dispatch", _dispatch_fake, _dispatch_cpu),
-    ("replay", _replay_fake, _replay_cpu),
-    ("replay_fp8", _replay_fp8_fake, _replay_fp8_cpu),
-    ("combine", _combine_fake, _combine_cpu),
-    ("combine_grads", _combine_grads_fake, _combine_grads_cpu),
-    ("weight_grads", _weight_grads_fake, _weight_grads_cpu),
+for _op, _fake, _kernel in (
+    (_dispatch_op, _dispatch_fake, _dispatch_cpu),
+    (_replay_op, _replay_fake, _replay_cpu),
+    (_replay_fp8_op, _replay_fp8_fake, _replay_fp8_cpu),
+    (_combine_op, _combine_fake, _combine_cpu),
+    (_combine_grads_op, _combine_grads_fake, _combine_grads_cpu),
+    (_weight_grads_op, _weight_grads_fake, _weight_grads_cpu),
 ):
-    torch.library.register_fake(f"moe_efa::{_name}", _fake, lib=_library)
-    _library.impl(_name, _opaque(_kernel), "CPU")
+    torch.library.register_fake(_op, _fake, lib=_library)
+    _library.impl(_op, _opaque(_kernel), "CPU")
+    _kernel_of[_op] = _kernel

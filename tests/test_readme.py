@@ -69,6 +69,29 @@ def test_the_layer_of_the_readme_trains() -> None:
     layer.close()
 
 
+def test_the_compiled_checkpoint_of_the_readme_is_the_layer() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    definition, code = blocks[1].split("\nout = ")[0], blocks[3]
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "hidden_size": 16, "top_k": 2, "max_tokens_per_rank": 8}
+    with moe_efa.ExpertParallel(None, **options) as ep, torch._inductor.config.patch(compile_threads=1):
+        names = {"torch": torch, "moe_efa": moe_efa, "ep": ep, "hidden": 16, "inner": 24}
+        names["x"] = torch.randn(7, 16, dtype=torch.bfloat16, requires_grad=True)
+        names["topk_weights"], names["topk_idx"] = torch.rand(7, 4).softmax(-1).topk(2)
+        exec(compile(definition, "blocks[1]", "exec"), names)
+        exec(compile(code, "blocks[3]", "exec"), names)
+        before = ep.stats()
+        names["out"].float().sum().backward()
+        after = ep.stats()
+        assert [after[phase]["calls"] - before[phase]["calls"] for phase in ("dispatch", "combine")] == [1, 1]
+        grad, names["x"].grad = names["x"].grad, None
+        dense = names["layer"](names["x"], names["topk_idx"], names["topk_weights"])
+        dense.float().sum().backward()
+        torch.testing.assert_close(names["out"], dense, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(grad, names["x"].grad, rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target

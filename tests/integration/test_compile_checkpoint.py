@@ -148,6 +148,10 @@ def calls_of_two_groups_keep_their_order(rank: int, group: dist.ProcessGroup, no
             assert (cost["dispatch"][0], cost["combine"][0]) == (2 + 1, 2 + 1)
             expected = run(step, inputs, none)[:3]
             assert_same(actual, expected)
+            with torch.no_grad():
+                actual, cost = spent(a, lambda inputs=inputs: call(*inputs))
+            assert (cost["dispatch"][0], cost["combine"][0]) == (2, 2)
+            assert_same([actual], expected[:1])
 
 
 def backward_from_another_thread(rank: int, group: dist.ProcessGroup, node_size: int) -> None:

@@ -474,5 +474,12 @@ def test_errors_keep_their_type_and_attributes(backend: str | None) -> None:
 
 
 def test_only_known_outputs(ep: ExpertParallel) -> None:
-    with counted(ep, 0, 0), pytest.raises(ValueError, match="output must be 'auto', not 'fp4'"):
+    with counted(ep, 0, 0), pytest.raises(ValueError, match="output must be 'same' or 'fp8', not 'fp4'"):
         ops.dispatch(*make_inputs(6), group=ep._group, expert_alignment=1, output="fp4")
+
+
+def test_profiles_name_the_operators(ep: ExpertParallel) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ep.moe(*make_inputs(6), lambda rows, offsets: rows).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {f"moe_efa::{name}" for name in ("dispatch", "combine", "replay", "combine_grads")} <= names
