@@ -223,8 +223,9 @@ void ReorderRail::collect() {
     count = inner_->poll(batch_);
     for (std::size_t i = 0; i < count; ++i) {
       RailEvent& event = batch_[i];
-      if (event.kind == RailEvent::Kind::kWriteDone || event.own_write) {
-        const std::string error = event.own_write && event.error.empty() ? "write failed" : event.error;
+      const bool failed = event.kind == RailEvent::Kind::kError && event.own_write;
+      if (event.kind == RailEvent::Kind::kWriteDone || failed) {
+        const std::string error = !failed ? "" : event.error.empty() ? "write failed" : event.error;
         step_done(static_cast<std::uint32_t>(event.id / kMaxSteps), error);
         continue;
       }

@@ -174,6 +174,7 @@ void ShmRail::poll_ring(std::uint32_t node, std::span<RailEvent> events, std::si
   if (tail - head > entries_) {
     corrupt_[node] = true;
     RailEvent& event = events[filled++];
+    event = RailEvent{};
     event.kind = RailEvent::Kind::kError;
     event.peer_node = static_cast<int>(node);
     event.error = "shared memory: the inbox ring written by node " + std::to_string(node) + " is corrupt";

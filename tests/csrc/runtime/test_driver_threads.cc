@@ -50,6 +50,8 @@ struct Region {
 
 // What all rank threads share.
 struct Stage {
+  Stage(const Workload& the_work, const Reference& the_reference) : work(the_work), reference(the_reference) {}
+
   const Workload& work;
   const Reference& reference;
   std::atomic<bool> broken{false};
@@ -237,7 +239,7 @@ std::string run_world(const Workload& work, const Options& options) {
     bases.push_back(regions.back()->base);
   }
   const Reference reference(work);
-  Stage stage{work, reference};
+  Stage stage(work, reference);
   testing::InprocFabric fabric(bases, layout.total_bytes(), work.node_size, work.num_nics);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {

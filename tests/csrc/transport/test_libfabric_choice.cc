@@ -25,7 +25,7 @@ EndpointFacts efa(const std::string& fabric, int nic) {
   EndpointFacts facts;
   facts.provider = "efa";
   facts.fabric = fabric;
-  facts.domain = "rdmap" + std::to_string(nic) + (fabric == "efa-direct" ? "s6-rdm" : "s6-rdm");
+  facts.domain = "rdmap" + std::to_string(nic) + "s6-rdm";
   facts.consumes_receives = fabric == "efa-direct";
   facts.cq_data_bytes = 4;
   facts.tx_size = 4096;
@@ -178,7 +178,8 @@ TEST_CASE("EFA endpoints share no memory, take receives as credits, wait for rec
     CHECK((find(options, kOptEfaUseDeviceRdma) != nullptr) == (std::string(fabric) == "efa"));
     RailNeeds gpu = needs();
     gpu.device_memory = true;
-    const EndpointOption* cuda = find(efa_options(efa(fabric, 0), gpu), kOptCudaApiPermitted);
+    const std::vector<EndpointOption> for_gpu = efa_options(efa(fabric, 0), gpu);
+    const EndpointOption* cuda = find(for_gpu, kOptCudaApiPermitted);
     REQUIRE(cuda != nullptr);
     CHECK(cuda->value == 0);
     CHECK(cuda->required_for != nullptr);

@@ -153,6 +153,8 @@ TEST_CASE("decisions depend on seed, rank, NIC and number alone, and cuts cover 
   CHECK(refusals > 20);
   CHECK(twice > 20);
   CHECK(late > 20);
+  config.repeat_late = false;
+  for (std::uint64_t number = 0; number < 500; ++number) CHECK_FALSE(decide(config, number, 4096).twice_late);
 }
 
 TEST_CASE("writes and completions change their order, and none is lost or told twice") {

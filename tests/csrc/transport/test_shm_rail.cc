@@ -88,6 +88,22 @@ TEST_CASE("bytes and immediate arrive, and completion is reported by a later pol
   CHECK(world.rails[0]->poll(std::span<RailEvent>{}) == 0);
 }
 
+TEST_CASE("a write without an immediate is told to nobody but its writer, and needs no room in the inbox") {
+  World world(2, 2);
+  std::memcpy(world.regions[0].data() + 100, "piece", 6);
+  WriteRequest piece = {1, 6, 100, 5000, 99, 42};
+  piece.with_imm = false;
+  for (int i = 0; i < 3; ++i) CHECK(world.rails[0]->post_write(piece) == PostResult::kPosted);
+  RailEvent events[8];
+  CHECK(world.rails[1]->poll(events) == 0);
+  CHECK(std::memcmp(world.regions[1].data() + 5000, "piece", 6) == 0);
+  REQUIRE(world.rails[0]->poll(events) == 3);
+  for (int i = 0; i < 3; ++i) CHECK(events[i].id == 42);
+  for (int i = 0; i < 2; ++i) CHECK(world.rails[0]->post_write({1, 0, 0, 0, 7, 43}) == PostResult::kPosted);
+  CHECK(world.rails[0]->post_write({1, 0, 0, 0, 7, 43}) == PostResult::kAgain);
+  CHECK(world.rails[0]->post_write(piece) == PostResult::kPosted);
+}
+
 TEST_CASE("a full inbox and a full completion queue are kAgain, and nothing is sent then") {
   World world(2, 4);
   for (std::uint32_t i = 0; i < 4; ++i) CHECK(world.rails[0]->post_write({1, 0, 0, 0, i, i}) == PostResult::kPosted);
@@ -186,6 +202,7 @@ TEST_CASE("a corrupt inbox is one error event, not a read out of bounds") {
   RailEvent events[4];
   REQUIRE(world.rails[1]->poll(events) == 1);
   CHECK(events[0].kind == RailEvent::Kind::kError);
+  CHECK_FALSE(events[0].own_write);
   CHECK(events[0].peer_node == 0);
   CHECK(world.rails[1]->poll(events) == 0);
 }
