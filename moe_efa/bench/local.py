@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
@@ -26,6 +27,8 @@ Job = Callable[[Any], Iterator[dict[str, Any]]]
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells report it
 _GRACE_S = 5.0  # for ranks to end by themselves after an interrupt
 _JOIN_TIMEOUT = datetime.timedelta(minutes=5)
+_LAST_WORDS = datetime.timedelta(seconds=20)
+_ON_EVERY_RANK = (CheckError, ConfigError, MpiError)
 
 
 def run_on_ranks(job: Job, argument: Any, *, ranks: int) -> tuple[int, list[dict[str, Any]]]:
@@ -97,15 +100,20 @@ def join_ranks(
             for result in job(argument):
                 if rank == 0:
                     keep(result)
+        except _ON_EVERY_RANK as error:
+            # One line says enough; the others wait for it, since the first that leaves ends them all.
+            if rank == 0:
+                print_error(error, rank)
+            with contextlib.suppress(RuntimeError):
+                dist.monitored_barrier(timeout=_LAST_WORDS)
+            return 1
         finally:
             gc.collect()
             dist.destroy_process_group()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (CheckError, ConfigError, MpiError, TransportError) as error:
-        # Every rank has an error of its own after these; one line says enough.
-        if rank == 0 or isinstance(error, TransportError):
-            print_error(error, rank)
+    except (ConfigError, TransportError) as error:
+        print_error(error, rank)
         return 1
     return 0
 

@@ -6,12 +6,12 @@ import argparse
 from typing import Any, NamedTuple
 
 from moe_efa._version import __version__
-from moe_efa.bench.measure import TITLES
 from moe_efa.bench.options import SWEEP, SWEEP_RANKS
 from moe_efa.bench.report import duration, mpi_facts
 from moe_efa.errors import ConfigError
 
 _ITERS, _WARMUP = 5, 1
+_SHORT = {"torch_per_expert": "per-expert", "torch_lean": "lean", "mpi": "MPI", "copy_floor": "floor"}
 _REFERENCE_RANKS = 4  # what more ranks are compared with, per byte
 
 
@@ -119,10 +119,10 @@ def format_sweep(found: list[dict[str, Any]]) -> str:
     ]
     for facts in dict.fromkeys(tuple(mpi_facts(result["mpi"])) for result in found):
         lines += [f"  {' '.join(fact).strip()}" for fact in facts]
-    titles = ["moe_efa", *(TITLES[name] for name in columns), *(["copy floor"] if with_floor else [])]
+    titles = ["moe_efa", *(_SHORT[name] for name in [*columns, *(["copy_floor"] if with_floor else [])])]
     bars = [bar for bar in BARS if bar.name in columns or (bar.name == "copy_floor" and with_floor)]
-    head = f"{'ranks':>6}{'nodes':>6}{'H':>6}{'T':>6}" + "".join(f"{title:>18}" for title in titles)
-    lines += ["", head + "   " + "".join(f"{'x ' + bar.title.split(' /')[0]:>19}" for bar in bars) + "  wire  per byte"]
+    head = f"{'ranks':>6}{'nodes':>6}{'H':>6}{'T':>6}" + "".join(f"{title:>11}" for title in titles)
+    lines += ["", head + "  |" + "".join(f"{_SHORT[bar.name]:>11}" for bar in bars) + "  |  wire  per byte"]
     for result in found:
         lines.append(_line(result, found, columns, bars, with_floor))
     if bars:
@@ -135,6 +135,7 @@ def format_sweep(found: list[dict[str, Any]]) -> str:
             if bar.least is not None:
                 verdict = f"bar {bar.least:g}: " + ("reached" if least[0] >= bar.least else "below")
             lines.append(f"  {bar.title:<30}{least[0]:>7.2f}   {verdict} ({where})")
+    lines.append("  per-expert, lean: torch.distributed; floor: copies alone; behind the first |: time over moe_efa's")
     lines.append("  per byte: time over the bytes of all ranks, relative to the same shape on 4 ranks")
     return "\n".join(lines)
 
@@ -149,9 +150,9 @@ def _line(
         times.append(baseline[baseline["best"]["both"]]["both"]["p50_us"] if baseline else None)
     if with_floor:
         times.append(result["copy_floor"]["p50_us"])
-    cells = "".join(f"{'-' if time is None else duration(time):>18}" for time in times)
+    cells = "".join(f"{'-' if time is None else duration(time):>11}" for time in times)
     values = [ratio(result, bar.name) for bar in bars]
-    ratios = "".join(f"{'-' if value is None else format(value, '.2f'):>19}" for value in values)
+    ratios = "".join(f"{'-' if value is None else format(value, '.2f'):>11}" for value in values)
     wire, byte = result["wire"]["ratio"], per_byte(result, found)
     tail = f"{'-' if wire is None else format(wire, '.3f'):>6}{'-' if byte is None else format(byte, '.2f'):>10}"
-    return f"{c['ranks']:>6}{c['nodes']:>6}{c['hidden']:>6}{c['tokens']:>6}{cells}   {ratios}{tail}"
+    return f"{c['ranks']:>6}{c['nodes']:>6}{c['hidden']:>6}{c['tokens']:>6}{cells}  |{ratios}  |{tail}"

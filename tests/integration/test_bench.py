@@ -126,7 +126,7 @@ def test_sweep_gives_a_row_per_shape_the_bars_and_a_picture(tmp_path):
     measured = shlex.split("--iters 1 --warmup 0 --transport shm --routing zipf --zipf-exponent 1.5")
     done = run(COMMAND, *grid, *measured, "--json", str(target), "--plot", str(picture), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("x torch per-expert", "bar 8: ", "bar 0.5: ", "zipf, exponent 1.5"):
+    for word in ("torch per-expert / moe_efa", "bar 8: ", "bar 0.5: ", "zipf, exponent 1.5"):
         assert word in done.stdout
     assert "[4 ranks, 2/2: T=16 H=64]" in done.stderr
     found = json.loads(target.read_text())
