@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from moe_efa.nn.grouped_mm import grouped_mm, grouped_outer
 from moe_efa.nn.initialization import draw_seed, normal_
@@ -100,7 +99,8 @@ class SwiGLUExperts(nn.Module):
         if weights is not None and weights.shape != rows.shape[:1]:
             raise ValueError(f"weights must be [{rows.shape[0]}], not {list(weights.shape)}")
         gate_up_proj, down_proj = self.gate_up_proj.to(rows.dtype), self.down_proj.to(rows.dtype)
-        return _SwiGLU.apply(rows, weights, gate_up_proj, down_proj, offsets, self.recompute)  # type: ignore[no-untyped-call]
+        y, _ = _experts(rows, weights, gate_up_proj, down_proj, offsets, self.recompute)
+        return y
 
     def extra_repr(self) -> str:
         """For print(module)."""
@@ -111,40 +111,100 @@ class SwiGLUExperts(nn.Module):
         )
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weights: Tensor | None,
-        gate_up_proj: Tensor,
-        down_proj: Tensor,
-        offsets: Tensor,
-        recompute: bool,
-    ) -> Tensor:
-        gate_up = grouped_mm(rows, gate_up_proj.transpose(1, 2), offsets)
-        hidden = weighted_swiglu(gate_up, weights)
-        ctx.save_for_backward(rows, weights, gate_up_proj, down_proj, offsets, None if recompute else gate_up)
-        return grouped_mm(hidden, down_proj.transpose(1, 2), offsets)
+# Custom ops, so that torch.compile sees neither the loop over experts nor a shape that depends on the routing.
+_OP = "moe_efa::swiglu_experts"
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, gate_up_proj, down_proj, offsets, gate_up = ctx.saved_tensors
-        needs_rows, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
-        if gate_up is None:
-            gate_up = grouped_mm(rows, gate_up_proj.transpose(1, 2), offsets)
-        grad_rows = grad_weights = grad_gate_up_proj = grad_down_proj = None
-        if needs_down:
-            grad_down_proj = grouped_outer(grad_y, weighted_swiglu(gate_up, weights), offsets)
-        if needs_rows or needs_weights or needs_gate_up:
-            grad_hidden = grouped_mm(grad_y, down_proj, offsets)
-            grad_gate_up, grad_weights = weighted_swiglu_backward(grad_hidden, gate_up, weights)
-            if needs_gate_up:
-                grad_gate_up_proj = grouped_outer(grad_gate_up, rows, offsets)
-            if needs_rows:
-                grad_rows = grouped_mm(grad_gate_up, gate_up_proj, offsets)
-        return grad_rows, grad_weights if needs_weights else None, grad_gate_up_proj, grad_down_proj, None, None
+
+@torch.library.custom_op(
+    _OP,
+    mutates_args=(),
+    schema="(Tensor rows, Tensor? weights, Tensor gate_up_proj, Tensor down_proj, Tensor offsets, bool recompute)"
+    " -> (Tensor, Tensor)",
+)
+def _experts(
+    rows: Tensor, weights: Tensor | None, gate_up_proj: Tensor, down_proj: Tensor, offsets: Tensor, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """-> results [R, H], gate and up [R, 2 * I]; whether the latter are kept is up to autograd."""
+    gate_up = grouped_mm(rows, gate_up_proj.transpose(1, 2), offsets)
+    return grouped_mm(weighted_swiglu(gate_up, weights), down_proj.transpose(1, 2), offsets), gate_up
+
+
+@torch.library.custom_op(
+    f"{_OP}_backward",
+    mutates_args=(),
+    schema="(Tensor grad_y, Tensor rows, Tensor? weights, Tensor? gate_up, Tensor gate_up_proj, Tensor down_proj,"
+    " Tensor offsets, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _experts_backward(
+    grad_y: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    offsets: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of rows, weights, gate_up_proj, down_proj; without elements where they are not needed."""
+    needs_rows, needs_weights, needs_gate_up, needs_down = needed
+    grad_rows, grad_weights, grad_gate_up_proj, grad_down_proj = (rows.new_empty(0) for _ in range(4))
+    if gate_up is None:
+        gate_up = grouped_mm(rows, gate_up_proj.transpose(1, 2), offsets)
+    if needs_down:
+        grad_down_proj = grouped_outer(grad_y, weighted_swiglu(gate_up, weights), offsets)
+    if needs_rows or needs_weights or needs_gate_up:
+        grad_hidden = grouped_mm(grad_y, down_proj, offsets)
+        grad_gate_up, of_weights = weighted_swiglu_backward(grad_hidden, gate_up, weights)
+        if needs_weights and of_weights is not None:
+            grad_weights = of_weights
+        if needs_gate_up:
+            grad_gate_up_proj = grouped_outer(grad_gate_up, rows, offsets)
+        if needs_rows:
+            grad_rows = grouped_mm(grad_gate_up, gate_up_proj, offsets)
+    return grad_rows, grad_weights, grad_gate_up_proj, grad_down_proj
+
+
+@_experts.register_fake
+def _(
+    rows: Tensor, weights: Tensor | None, gate_up_proj: Tensor, down_proj: Tensor, offsets: Tensor, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], gate_up_proj.shape[1])
+
+
+@_experts_backward.register_fake
+def _(
+    grad_y: Tensor,
+    rows: Tensor,
+    weights: Tensor | None,
+    gate_up: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    offsets: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (rows, weights, gate_up_proj, down_proj)
+    return tuple(
+        rows.new_empty(0) if tensor is None or not needs else tensor.new_empty(tensor.shape)
+        for tensor, needs in zip(inputs, needed, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, recompute = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, None if recompute else output[1])
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    rows, weights, gate_up_proj, down_proj, offsets, gate_up = ctx.saved_tensors
+    if grad_y is None:
+        return (None,) * 6
+    needed = list(ctx.needs_input_grad[:4])
+    grads = _experts_backward(grad_y, rows, weights, gate_up, gate_up_proj, down_proj, offsets, needed)
+    return *(grad if needs else None for grad, needs in zip(grads, needed, strict=True)), None, None
+
+
+_experts.register_autograd(_backward, setup_context=_setup_context)
 
 
 def weighted_swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:

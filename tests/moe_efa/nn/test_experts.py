@@ -198,3 +198,24 @@ def test_shapes_that_do_not_fit_are_refused(rows, offsets, weights, message):
 def test_experts_beyond_the_layer_are_refused():
     with pytest.raises(ValueError, match="not among"):
         SwiGLUExperts(num_experts=4, num_local_experts=2, first_expert=3, hidden_size=4, intermediate_size=3)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_compiled_without_a_break_it_gives_the_same_bits(recompute):
+    torch.manual_seed(4)
+    experts = SwiGLUExperts(num_experts=4, hidden_size=16, intermediate_size=8, recompute=recompute)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True, dynamic=True)
+    for counts in ([3, 0, 7, 1], [0, 4, 0, 1]):
+        rows, weights, offsets = torch.randn(sum(counts), 16), torch.rand(sum(counts)), offsets_of(counts)
+        grad_y = torch.randn_like(rows)
+        for a, b in zip(*(run(f, rows, weights, offsets, grad_y) for f in (experts, compiled)), strict=True):
+            assert_bitwise(a, b)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+def test_the_custom_ops_keep_torchs_rules(weighted):
+    experts = SwiGLUExperts(num_experts=2, hidden_size=8, intermediate_size=4)
+    weights = torch.rand(5, requires_grad=True) if weighted else None
+    rows = torch.randn(5, 8, requires_grad=True)
+    arguments = (rows, weights, experts.gate_up_proj, experts.down_proj, offsets_of([2, 3]), False)
+    torch.library.opcheck(torch.ops.moe_efa.swiglu_experts.default, arguments)
