@@ -23,9 +23,8 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     if nbytes < _LEAST_BYTES:
         return torch.empty(*shape, dtype=dtype)
     storage = torch.frombuffer(pool().take(nbytes), dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(
-        storage, 0, shape, make_contiguous_strides_for(shape)
-    )  # not a view: it may be changed in place
+    # Not a view of another tensor, so it may be changed in place.
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, make_contiguous_strides_for(shape))
 
 
 def pool() -> _C.HostPool:

@@ -192,6 +192,8 @@ class NativeGroup:
         self._closed = reason
         self.usable = False
         _forget(self)
+        if not _live:
+            host_memory.release_idle()
         return native
 
     def _dispatch(

@@ -218,6 +218,7 @@ def build(meeting: Rendezvous, config: ExpertParallelConfig, agreement: Agreemen
     """
 
     def construct() -> bytes:
+        env.output_cache_bytes()  # a wrong setting is an error now, not in the middle of a round
         meeting.native = _C.Group(native_config(config, agreement))
         return meeting.native.address()
 

@@ -1,4 +1,6 @@
 // HostBuffer: memory from the pool that goes back to it with the last reference, for tensors made over its buffer.
+#include <unistd.h>
+
 #include <memory>
 
 #include "bindings/bindings.h"
@@ -15,7 +17,10 @@ class HostBuffer {
  public:
   HostBuffer(std::shared_ptr<HostPool> pool, std::size_t bytes)
       : pool_(std::move(pool)), bytes_(bytes), block_(pool_->take(bytes)) {}
-  ~HostBuffer() { pool_->give_back(block_); }
+  // A child of fork() leaves the memory alone: another thread of its parent may have held the pool's lock.
+  ~HostBuffer() {
+    if (getpid() == pid_) pool_->give_back(block_);
+  }
   HostBuffer(const HostBuffer&) = delete;
   HostBuffer& operator=(const HostBuffer&) = delete;
 
@@ -26,6 +31,7 @@ class HostBuffer {
  private:
   std::shared_ptr<HostPool> pool_;
   std::size_t bytes_;
+  pid_t pid_ = getpid();
   HostPool::Block block_;
 };
 
