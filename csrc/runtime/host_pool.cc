@@ -25,11 +25,15 @@ HostPool::Block HostPool::take(std::size_t bytes) {
   std::size_t size = rounded(std::max<std::size_t>(bytes, 1));
   {
     std::lock_guard lock(mutex_);
-    auto fit = idle_.lower_bound(size);
-    if (fit != idle_.end() && fit->first <= size + size / 4) {
-      Block block{fit->second, fit->first};
-      idle_bytes_ -= fit->first;
-      idle_.erase(fit);
+    auto best = idle_.end();
+    for (auto block = idle_.begin(); block != idle_.end(); ++block) {
+      if (block->bytes < size || block->bytes > size + size / 4) continue;
+      if (best == idle_.end() || block->bytes < best->bytes) best = block;
+    }
+    if (best != idle_.end()) {
+      Block block = *best;
+      idle_bytes_ -= block.bytes;
+      idle_.erase(best);
       return block;
     }
   }
@@ -41,7 +45,11 @@ HostPool::Block HostPool::take(std::size_t bytes) {
 
 void HostPool::give_back(Block block) {
   std::lock_guard lock(mutex_);
-  idle_.emplace(block.bytes, block.data);
+  if (block.bytes > max_idle_bytes_) {  // would push everything else out and not stay either
+    munmap(block.data, block.bytes);
+    return;
+  }
+  idle_.push_front(block);
   idle_bytes_ += block.bytes;
   trim_locked(max_idle_bytes_);
 }
@@ -53,10 +61,10 @@ void HostPool::trim(std::size_t max_idle_bytes) {
 
 void HostPool::trim_locked(std::size_t max_idle_bytes) {
   while (idle_bytes_ > max_idle_bytes) {
-    auto least = idle_.begin();
-    munmap(least->second, least->first);
-    idle_bytes_ -= least->first;
-    idle_.erase(least);
+    Block oldest = idle_.back();
+    munmap(oldest.data, oldest.bytes);
+    idle_bytes_ -= oldest.bytes;
+    idle_.pop_back();
   }
 }
 

@@ -4,14 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <list>
 #include <mutex>
 
 namespace moe_efa::runtime {
 
 class HostPool {
  public:
-  // Keeps at most `max_idle_bytes` that nobody uses.
+  // Keeps at most `max_idle_bytes` that nobody uses: those that were used last.
   explicit HostPool(std::size_t max_idle_bytes) : max_idle_bytes_(max_idle_bytes) {}
   ~HostPool() { trim(0); }
   HostPool(const HostPool&) = delete;
@@ -34,7 +34,7 @@ class HostPool {
   std::size_t max_idle_bytes_;
   mutable std::mutex mutex_;
   std::size_t idle_bytes_ = 0;
-  std::multimap<std::size_t, void*> idle_;  // by size
+  std::list<Block> idle_;  // a few; the last used first
 };
 
 }  // namespace moe_efa::runtime

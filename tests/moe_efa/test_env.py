@@ -14,6 +14,7 @@ GETTERS = {
     "MOE_EFA_SOCKET_ADDR": env.socket_address,
     "MOE_EFA_HOST_ID": env.host_id,
     "MOE_EFA_NUM_THREADS": lambda: env.num_threads(1),
+    "MOE_EFA_OUTPUT_CACHE_BYTES": env.output_cache_bytes,
     "MOE_EFA_REORDER": env.reorder,
 }
 VALUES = {
@@ -21,6 +22,7 @@ VALUES = {
     "MOE_EFA_SOCKET_ADDR": ("10.0.0.7", "10.0.0.7"),
     "MOE_EFA_HOST_ID": ("a", "a"),
     "MOE_EFA_NUM_THREADS": ("3", 3),
+    "MOE_EFA_OUTPUT_CACHE_BYTES": ("1048576", 1 << 20),
     "MOE_EFA_REORDER": ("7,drop=1@100", env.Reorder(seed=7, drop_node=1, drop_after=100)),
 }
 
@@ -59,6 +61,8 @@ def test_threads_are_shared_by_the_ranks_of_a_host(monkeypatch):
         ("MOE_EFA_SOCKET_ADDR", "node7"),
         ("MOE_EFA_SOCKET_ADDR", "::1"),
         ("MOE_EFA_NUM_THREADS", "0"),
+        ("MOE_EFA_OUTPUT_CACHE_BYTES", "-1"),
+        ("MOE_EFA_OUTPUT_CACHE_BYTES", "512M"),
         ("MOE_EFA_REORDER", "on"),
         ("MOE_EFA_REORDER", "7,drop=1"),
         ("MOE_EFA_REORDER", "7,drop=-1@2"),

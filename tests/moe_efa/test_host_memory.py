@@ -57,6 +57,25 @@ def test_idle_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host_memory.pool().idle_bytes == 0
 
 
+def test_one_block_beyond_the_bound_pushes_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_EFA_OUTPUT_CACHE_BYTES", str(8 << 20))
+    small = host_memory.empty(ROWS, HIDDEN, dtype=torch.bfloat16)
+    address = small.data_ptr()
+    del small
+    host_memory.empty(16 * ROWS, HIDDEN, dtype=torch.bfloat16)  # dies at once
+    assert host_memory.empty(ROWS, HIDDEN, dtype=torch.bfloat16).data_ptr() == address
+
+
+def test_what_was_used_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_EFA_OUTPUT_CACHE_BYTES", str(8 << 20))
+    large = host_memory.empty(4 * ROWS, HIDDEN, dtype=torch.bfloat16)  # 5 MB
+    small = [host_memory.empty(ROWS, HIDDEN, dtype=torch.bfloat16) for _ in range(4)]
+    addresses = {tensor.data_ptr() for tensor in small}
+    del large, small
+    assert {host_memory.empty(ROWS, HIDDEN, dtype=torch.bfloat16).data_ptr()} <= addresses
+    assert host_memory.pool().idle_bytes == 8 << 20
+
+
 def test_results_may_be_changed_in_place_and_differentiated() -> None:
     with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=HIDDEN, top_k=2, max_tokens_per_rank=ROWS) as ep:
         x = torch.randn(ROWS, HIDDEN, requires_grad=True)

@@ -10,6 +10,7 @@
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/pull.h"
+#include "kernels/cpu/stream.h"
 
 using namespace moe_efa;
 
@@ -109,6 +110,28 @@ TEST_CASE("pack-then-pull-places-every-row-by-its-index") {
   REQUIRE(pair.plan.pulls[0][0].size() == 4);
   CHECK(pair.plan.pulls[0][0][1].row() == 0);
   CHECK(pair.plan.pulls[0][0][1].topk_pos() == 0);
+}
+
+TEST_CASE("stores-past-the-caches-write-the-same-bytes-and-no-other") {
+  Pair cached, streamed;
+  cached.pull();
+  streamed.output.stream = true;
+  streamed.pull();
+  CHECK(streamed.out == cached.out);
+  CHECK(streamed.weights == cached.weights);
+  // Every alignment and length around whole lines.
+  std::vector<std::byte> from(512), to(512);
+  for (std::size_t i = 0; i < from.size(); ++i) from[i] = static_cast<std::byte>(i * 7 + 1);
+  for (std::size_t start = 0; start < 70; ++start) {
+    for (std::size_t bytes : {0, 1, 15, 16, 63, 64, 65, 127, 128, 130, 257, 300}) {
+      std::fill(to.begin(), to.end(), std::byte{0xEE});
+      kernels::cpu::stream_copy(to.data() + start, from.data() + start % 13, bytes);
+      kernels::cpu::stream_fence();
+      CHECK(std::memcmp(to.data() + start, from.data() + start % 13, bytes) == 0);
+      CHECK(std::all_of(to.begin(), to.begin() + start, [](std::byte b) { return b == std::byte{0xEE}; }));
+      CHECK(std::all_of(to.begin() + start + bytes, to.end(), [](std::byte b) { return b == std::byte{0xEE}; }));
+    }
+  }
 }
 
 TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {

@@ -40,6 +40,7 @@ std::vector<Extent> all_extents(const RegionLayout& layout) {
       }
       for (std::uint64_t seq = 0; seq < layout.ring_slots(node); ++seq) {
         take(layout.arrived(phase, node, seq), 8, "arrived");
+        if (phase == Phase::kCombine && config.num_nodes == 1) continue;  // the only node has its sums at once
         take(layout.ring_slot(phase, node, seq), layout.slot_bytes(phase), "ring slot");
       }
       if (node == layout.own_node()) continue;

@@ -162,16 +162,19 @@ class Rank {
     const kernels::Plan& plan = *plans_[call.plan];
     std::vector<std::byte> x = simulator::random_rows(work.seed, number, topology_.rank, routing.num_tokens,
                                                       work.layout.hidden_size, call.user_dtype);
-    kernels::cpu::DispatchCall running(context(), {x.data(), call.user_dtype, call.wire_dtype, plans_[call.plan]});
+    const proto::DType out_dtype = call.fp8_output ? proto::DType::kFp8 : call.user_dtype;
+    kernels::cpu::DispatchCall running(context(),
+                                       {x.data(), call.user_dtype, call.wire_dtype, out_dtype, plans_[call.plan]});
     wait("sizes", [&] {
       running.step();
       return running.sizes_known();
     });
     if (stage_.broken) return;
     const auto rows = static_cast<std::size_t>(plan.rows());
-    std::vector<std::byte> out(rows * work.layout.hidden_size * proto::dtype_bytes(call.user_dtype), std::byte{0xCD});
+    std::vector<std::byte> out(rows * work.layout.hidden_size * proto::dtype_bytes(out_dtype), std::byte{0xCD});
     std::vector<float> weights(rows, -12345.0f);
-    running.set_output({out.data(), fresh ? weights.data() : nullptr});
+    std::vector<float> scales(call.fp8_output ? rows * proto::fp8_blocks(work.layout.hidden_size) : 0, -12345.0f);
+    running.set_output({out.data(), fresh ? weights.data() : nullptr, scales.data(), true});
     wait("rows", [&] {
       running.step();
       return running.done();
@@ -180,6 +183,7 @@ class Rank {
     std::fill(x.begin(), x.end(), std::byte{0xEE});  // the user's again
     const Reference::Dispatched expected = stage_.reference.dispatched(number, topology_.rank);
     require(out == expected.x, number, "dispatched rows");
+    require(same_bits(scales, expected.scales), number, "dispatched scales");
     if (fresh) require(same_bits(weights, expected.weights), number, "dispatched weights");
   }
 
