@@ -1,7 +1,7 @@
 """Several rails per rank: the same bits as with one, an even spread, and a failing rail that is named on every rank.
 
-Endpoints of tcp on one interface, and inboxes in shared memory, stand for NICs. One set of processes runs all cases that
-should work; a test looks up its own outcome.
+Endpoints of tcp on one interface, and inboxes in shared memory, stand for NICs. One set of processes runs all cases
+that should work; a test looks up its own outcome.
 """
 
 from __future__ import annotations
@@ -176,5 +176,51 @@ def test_bytes_are_spread_evenly_over_the_nics(outcomes: list[dict[str, Any]], c
         if case.reorder:  # rails refuse writes for a while, and the others take them
             assert min(spent) > sum(spent) / case.num_nics / 3
         else:
-            print(case.id, spent, slot)
             assert max(spent) - min(spent) <= slot  # one rail peer
+
+
+# What goes wrong
+
+
+def lose_a_nic(rank: int, group: dist.ProcessGroup, transport: str, writes: int) -> str:
+    """NIC 2 of 2 does not reach node 1 any more, from either rank of node 0; NIC 1 does."""
+    try:
+        with Rails(transport, 2, f"5,drop=1@{writes},nic=1").open(group) as ep:
+            for _ in range(1000):
+                check_rounds(ep)
+    except moe_efa.TransportError as error:
+        assert error.rank in (2, 3), error
+        with pytest.raises((moe_efa.TransportError, moe_efa.ClosedError)):
+            check_rounds(ep)
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("transport", LAYOUTS)
+def test_a_failing_rail_is_an_error_that_names_nic_and_peer_on_every_rank(transport: str) -> None:
+    for rank, outcome in enumerate(run_ranks(lose_a_nic, NUM_RANKS, transport, 20)):
+        assert outcome.error is None, outcome.error
+        assert "(NIC 2 of 2)" in outcome.result, (rank, outcome.result)
+        assert "(status 13)" in outcome.result, (rank, outcome.result)
+        assert "peer rank 2" in outcome.result or "peer rank 3" in outcome.result, (rank, outcome.result)
+
+
+def disagree(rank: int, group: dist.ProcessGroup) -> list[str]:
+    """num_nics differs in the configuration, then in what was found on the hosts."""
+    texts = []
+    with pytest.raises(moe_efa.ConfigError) as refused:
+        Rails("shm", 2 if rank == 3 else 1).open(group)
+    texts.append(str(refused.value))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendezvous, "_nics", lambda *_: {"num_nics": 2 if rank >= NODE_SIZE else 1})
+        with pytest.raises(moe_efa.ConfigError) as refused:
+            Rails("shm", 1).open(group)
+    texts.append(str(refused.value))
+    return texts
+
+
+def test_unequal_numbers_of_nics_are_refused_and_both_ranks_named() -> None:
+    for rank, (configured, found) in enumerate(spawn(disagree, NUM_RANKS)):
+        assert "differ in num_nics: 1 on rank 0, 2 on rank 3" in configured
+        other, own = (2, 1) if rank < NODE_SIZE else (0, 2)
+        assert f"rank {rank} has {own} NICs, rank {other} has {3 - own}: all ranks need the same number" in found
