@@ -124,7 +124,7 @@ def test_prefill_among_64_ranks_stays_within_one_gibibyte(preset, dtype, max_tok
 
 
 def test_plan_table_has_the_parts_and_queues(capsys):
-    assert cli.main("plan --preset kimi-k2 --ranks 64 --node-size 8 --max-tokens 8192".split()) == 0
+    assert cli.main(["plan", "--preset", "kimi-k2", "--ranks", "64", "--node-size", "8", "--max-tokens", "8192"]) == 0
     text = capsys.readouterr().out
     for word in ("registered per rank", "dispatch rings", "combine send slots", "publish", "counts", "flags"):
         assert word in text
@@ -133,10 +133,28 @@ def test_plan_table_has_the_parts_and_queues(capsys):
 
 
 def test_single_options_override_the_preset_of_a_plan(capsys):
-    assert cli.main("plan --json --preset kimi-k2 --ranks 4 --node-size 2 --hidden 512 --experts 8".split()) == 0
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--json",
+                "--preset",
+                "kimi-k2",
+                "--ranks",
+                "4",
+                "--node-size",
+                "2",
+                "--hidden",
+                "512",
+                "--experts",
+                "8",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["hidden"], found["topk"], found["experts"], found["max_tokens"]) == (512, 8, 8, 4096)
-    assert cli.main("plan --max-tokens 0".split()) == 1
+    assert cli.main(["plan", "--max-tokens", "0"]) == 1
 
 
 def test_plan_json_holds_what_the_native_extension_chooses(capsys):
