@@ -480,7 +480,7 @@ TEST_CASE("one-nic-may-take-everything-and-its-bound-does-not-depend-on-the-othe
     std::uint64_t on_first = 0;
     for (const Write& write : bench.post_all()) on_first += write.nic == 0 ? 1 : 0;
     CHECK(on_first == 6);  // hello, counts, all slots
-    CHECK(on_first <= max_inbound_events(bench.layout.config()));
+    CHECK(on_first <= engine::max_inbound_events(bench.layout.config()));
     CHECK(bench.engine->stats().nics[0].writes == 6);
   }
 }
