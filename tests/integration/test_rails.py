@@ -129,7 +129,7 @@ def run_cases(rank: int, group: dist.ProcessGroup) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[dict[str, Any]]:
-    return spawn(run_cases, NUM_RANKS, timeout=120)
+    return spawn(run_cases, NUM_RANKS, timeout=300)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.id)
