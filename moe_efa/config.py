@@ -23,6 +23,7 @@ _MOST = {  # far beyond any use, within what the native layer's integers hold
     "node_size": 1 << 20,
     "chunk_rows": 1 << 16,
     "slots": 1 << 13,
+    "num_nics": 32,
 }
 
 
@@ -48,6 +49,9 @@ class ExpertParallelConfig:
         node_size: ranks per node; None finds it from the hosts.
         transport: what joins nodes: "auto", "shm" (several nodes on one host) or "libfabric". Inside a node it is
             always shared memory.
+        num_nics: rails per rank, each a NIC of its own. None takes what is there: of EFA NICs those paired with the
+            rank's GPU or NUMA node (:mod:`moe_efa.topology`), elsewhere one. Without EFA, the rails are endpoints on
+            one interface, or in shared memory, which stand for NICs.
         provider: libfabric provider ("efa", "tcp", ...); None takes the best present.
         timeout_s: seconds to wait for a live peer that has not entered a call.
         heartbeat_timeout_s: seconds of silence after which a peer counts as lost.
@@ -70,6 +74,7 @@ class ExpertParallelConfig:
     node_size: int | None = None
     transport: str = "auto"
     provider: str | None = None
+    num_nics: int | None = None
     timeout_s: float = 600.0
     heartbeat_timeout_s: float = 20.0
     memory_budget_bytes: int = 1 << 30
@@ -81,8 +86,9 @@ class ExpertParallelConfig:
             _check_integer(name, getattr(self, name), minimum=1)
         for name in ("chunk_rows", "slots"):
             _check_integer(name, getattr(self, name), minimum=0)
-        if self.node_size is not None:
-            _check_integer("node_size", self.node_size, minimum=1)
+        for name in ("node_size", "num_nics"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), minimum=1)
         for name, most in _MOST.items():
             if (getattr(self, name) or 0) > most:
                 raise ConfigError(f"{name}={getattr(self, name)} is more than {most}")

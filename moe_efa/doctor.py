@@ -19,10 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_efa import _C, env, libfabric
+from moe_efa import _C, env, libfabric, topology
 from moe_efa._version import __version__
 
-_AMAZON = "0x1d0f"  # PCI vendor
 _SHM_BYTES = 1 << 30  # one rank's default memory_budget_bytes
 _OLDEST_TORCH = (2, 7)
 
@@ -38,19 +37,20 @@ class Problem:
 
 def examine(
     *,
-    infiniband: Path = Path("/sys/class/infiniband"),
     shm: Path = Path("/dev/shm"),
     verbs: Path = Path("/dev/infiniband"),
+    sysfs: Path = topology.SYSFS,
 ) -> dict[str, Any]:
     """Facts about build and host, and ``problems``; ``ok`` says whether the standalone benchmark can run.
 
     Args:
-        infiniband, shm, verbs: where to look, for tests.
+        shm, verbs, sysfs: where to look, for tests.
     """
     build = libfabric.build_info()
     search, found = libfabric.search_path(), build["libfabric_found"]
     providers = _C.libfabric_providers(**search) if found else []
-    efa_devices = find_efa_devices(infiniband)
+    host = topology.read_topology(sysfs)
+    efa_devices = [nic.name for nic in host.nics]
     facts: dict[str, Any] = {
         "version": __version__,
         "build": {key: build[key] for key in ("protocol_version", "compiler", "cuda", "libfabric_built")},
@@ -58,6 +58,7 @@ def examine(
         "providers": providers,
         "auto_provider": _C.libfabric_default_provider(**search) if found else "",
         "efa_devices": efa_devices,
+        "efa_pairing": topology.format_pairing(topology.pair(host, len(host.gpus) or 1)) if host.nics else [],
         "missing_for_efa": find_missing_for_efa(efa_devices, providers, verbs, _memlock_bytes()),
         "shm": _shm_facts(shm),
         "memlock_bytes": _memlock_bytes(),
@@ -75,16 +76,6 @@ def examine(
     facts["problems"] = [asdict(problem) for problem in problems]
     facts["ok"] = not any(problem.severity == "error" for problem in problems)
     return facts
-
-
-def find_efa_devices(infiniband: Path) -> list[str]:
-    """Names of the RDMA devices whose PCI vendor is Amazon, sorted."""
-    names = []
-    for device in sorted(infiniband.glob("*")):
-        vendor = device / "device" / "vendor"
-        if vendor.is_file() and vendor.read_text().strip() == _AMAZON:
-            names.append(device.name)
-    return names
 
 
 def find_missing_for_efa(
@@ -203,6 +194,7 @@ def format_table(facts: dict[str, Any]) -> str:
         ("providers", ", ".join(facts["providers"]) or "none"),
         ("between nodes", f"{facts['auto_provider'] or 'nothing'}, unless a provider is named"),
         ("EFA devices", f"{len(efa)}: {', '.join(efa)}" if efa else "none"),
+        *(("", line) for line in facts["efa_pairing"]),
         ("missing for EFA", "; ".join(facts["missing_for_efa"]) or "nothing"),
         ("/dev/shm", f"{_gib(shm['free_bytes'])} free of {_gib(shm['bytes'])}" if shm else "absent"),
         ("locked memory", "unlimited" if memlock is None else f"at most {_gib(memlock)} (ulimit -l)"),

@@ -54,21 +54,23 @@ VARIABLES = (
     ),
     Variable(
         "MOE_EFA_REORDER",
-        "seed[,drop=NODE@N]",
+        "seed[,drop=NODE@N[,nic=I]]",
         "off",
         "For tests, on all ranks: the rails between nodes deliver as badly as SRD may (held, cut, repeated, reordered, "
-        "refused for a while), as the seed says; with drop, a node is out of reach after N writes to it from a rank.",
+        "refused for a while), as the seed says; with drop, a node is out of reach after N writes to it from a NIC of "
+        "a rank, the I-th (from 0) or any.",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Reorder:
-    """MOE_EFA_REORDER; ``drop_node`` is -1 for none."""
+    """MOE_EFA_REORDER; ``drop_node`` is -1 for none, ``drop_nic`` -1 for all."""
 
     seed: int
     drop_node: int = -1
     drop_after: int = 0
+    drop_nic: int = -1
 
 
 def libfabric_path() -> str | None:
@@ -117,11 +119,13 @@ def reorder() -> Reorder | None:
     text = os.environ.get("MOE_EFA_REORDER")
     if not text:
         return None
-    found = re.fullmatch(r"(\d{1,18})(?:,drop=(\d{1,4})@(\d{1,18}))?", text, re.ASCII)
+    found = re.fullmatch(r"(\d{1,18})(?:,drop=(\d{1,4})@(\d{1,18})(?:,nic=(\d{1,2}))?)?", text, re.ASCII)
     if not found:
         raise ConfigError(f"MOE_EFA_REORDER={text!r} is not a seed such as 7, or 7,drop=1@100")
-    seed, node, after = found.groups()
-    return Reorder(int(seed)) if node is None else Reorder(int(seed), int(node), int(after))
+    seed, node, after, nic = found.groups()
+    if node is None:
+        return Reorder(int(seed))
+    return Reorder(int(seed), int(node), int(after), -1 if nic is None else int(nic))
 
 
 def master_address() -> str | None:

@@ -58,6 +58,7 @@ class ExpertParallel:
         node_size: int | None = None,
         transport: str = "auto",
         provider: str | None = None,
+        num_nics: int | None = None,
         timeout_s: float = 600.0,
         heartbeat_timeout_s: float = 20.0,
         memory_budget_bytes: int = 1 << 30,
@@ -78,6 +79,7 @@ class ExpertParallel:
                 node_size=node_size,
                 transport=transport,
                 provider=provider,
+                num_nics=num_nics,
                 timeout_s=timeout_s,
                 heartbeat_timeout_s=heartbeat_timeout_s,
                 memory_budget_bytes=memory_budget_bytes,
@@ -231,7 +233,8 @@ class ExpertParallel:
         """Counters since construction, of all objects that share the native group.
 
         At least ``rounds`` (combines finished), ``wire_bytes`` (sent to other nodes, everything included),
-        ``wire_floor_bytes`` (rows x row bytes, deduplicated per node) and ``seconds`` per phase.
+        ``wire_floor_bytes`` (rows x row bytes, deduplicated per node) and ``seconds`` per phase; ``nics`` has the
+        ``writes`` and ``bytes`` that each NIC took.
         """
         self._check_open()
         return self._native.stats()

@@ -11,6 +11,7 @@ from typing import Any
 from moe_efa import _C
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ConfigError
+from moe_efa.presets import PRESETS, describe_presets
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class Plan:
     """A configuration with the sizes it leads to.
 
     ``registered_bytes`` is registered memory per rank, all of it fixed at construction; rings have ``slots`` chunks of
-    ``chunk_rows`` rows; ``completion_queue_events`` bounds what may be in flight towards a rank.
+    ``chunk_rows`` rows. ``parts`` are its parts and add up to it. ``completion_queue_events`` bounds what may be in
+    flight towards a NIC of a rank, ``writes_per_nic`` what a rank has in flight on one. None of it depends on the
+    number of NICs, each of which registers the same memory.
     """
 
     num_ranks: int
@@ -29,6 +32,10 @@ class Plan:
     publish_slots: int
     chunk_rows: int
     completion_queue_events: int
+    writes_per_nic: int
+    dispatch_slot_bytes: int
+    combine_slot_bytes: int
+    parts: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -49,6 +56,10 @@ class Plan:
             "publish_slots": self.publish_slots,
             "chunk_rows": self.chunk_rows,
             "completion_queue_events": self.completion_queue_events,
+            "writes_per_nic": self.writes_per_nic,
+            "dispatch_slot_bytes": self.dispatch_slot_bytes,
+            "combine_slot_bytes": self.combine_slot_bytes,
+            "parts": self.parts,
         }
 
 
@@ -78,28 +89,20 @@ def plan_memory(num_ranks: int, config: ExpertParallelConfig) -> Plan:
             slots=config.slots,
         )
     )
-    return Plan(
-        num_ranks=num_ranks,
-        node_size=node_size,
-        config=config,
-        registered_bytes=sizes["registered_bytes"],
-        slots=sizes["slots"],
-        publish_slots=sizes["publish_slots"],
-        chunk_rows=sizes["chunk_rows"],
-        completion_queue_events=sizes["completion_queue_events"],
-    )
+    return Plan(num_ranks=num_ranks, node_size=node_size, config=config, **sizes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moe-efa plan` to a parser."""
-    for name, value, meaning in (
-        ("ranks", 16, "ranks of the group"),
-        ("hidden", 7168, "elements per token, H"),
-        ("topk", 8, "experts per token, K"),
-        ("experts", 256, "experts of the group, E"),
-        ("max-tokens", 4096, "most tokens in one dispatch of one rank"),
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="prefill", help=f"{describe_presets()}")
+    parser.add_argument("--ranks", type=int, default=16, metavar="N", help="ranks of the group (default 16)")
+    for name, meaning in (
+        ("hidden", "elements per token, H"),
+        ("topk", "experts per token, K"),
+        ("experts", "experts of the group, E"),
+        ("max-tokens", "most tokens in one dispatch of one rank"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{meaning} (default {value})")
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default: the preset's)")
     parser.add_argument("--node-size", type=int, metavar="N", help="ranks per node (default 8, or all ranks if fewer)")
     parser.add_argument("--memory-budget", type=parse_bytes, default=1 << 30, metavar="BYTES", help="such as 512MiB")
     for name in ("wire-dtype", "combine-dtype", "grad-wire-dtype"):
@@ -132,11 +135,19 @@ def parse_bytes(text: str) -> int:
 def run_command(options: argparse.Namespace) -> int:
     """Print the plan: 0, or 1 with the reason if the configuration cannot work."""
     try:
+        preset = PRESETS[options.preset]
+        given = {
+            "hidden": options.hidden,
+            "topk": options.topk,
+            "experts": options.experts,
+            "tokens": options.max_tokens,
+        }
+        shape = preset | {name: value for name, value in given.items() if value is not None}
         config = ExpertParallelConfig(
-            num_experts=options.experts,
-            hidden_size=options.hidden,
-            top_k=options.topk,
-            max_tokens_per_rank=options.max_tokens,
+            num_experts=shape["experts"],
+            hidden_size=shape["hidden"],
+            top_k=shape["topk"],
+            max_tokens_per_rank=shape["tokens"],
             node_size=options.node_size or min(8, max(1, options.ranks)),
             wire_dtype=options.wire_dtype,
             combine_dtype=options.combine_dtype,
@@ -164,11 +175,14 @@ def format_table(plan: Plan) -> str:
         ("of their gradients", f"{config.grad_dispatch_dtype}, {config.grad_combine_dtype}"),
         ("memory budget", _mebibytes(config.memory_budget_bytes)),
         ("registered per rank", _mebibytes(plan.registered_bytes)),
+        *((f"  {name.replace('_', ' ')}", _mebibytes(part)) for name, part in plan.parts.items()),
         ("registered per node", _mebibytes(plan.registered_bytes * plan.node_size)),
         ("chunk rows", str(plan.chunk_rows)),
         ("slots per ring", str(plan.slots)),
         ("publish slots", str(plan.publish_slots)),
-        ("completion queue", f"at most {plan.completion_queue_events} events towards a rank"),
+        ("slot bytes", f"dispatch {plan.dispatch_slot_bytes}, combine {plan.combine_slot_bytes}"),
+        ("completion queue", f"at most {plan.completion_queue_events} events towards each NIC of a rank"),
+        ("writes", f"at most {plan.writes_per_nic} of a rank in flight on each of its NICs"),
     ]
     return "\n".join(f"{name:<22}{text}" for name, text in rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import os
 import pickle
 import secrets
@@ -15,15 +16,17 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from moe_efa import _C, env, libfabric
+from moe_efa import _C, env, libfabric, topology
 from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ConfigError, PeerLostError, PeerTimeoutError, TransportError
 
+_log = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 2.0
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.05  # between two looks into the store
 _LOOK_EVERY_S = 0.2  # at the health of the other ranks
@@ -42,6 +45,7 @@ class Agreement:
     transport: str
     num_hosts: int
     ranks_on_host: int
+    rank_on_host: int
     job_key: str
     shared_key: str | None
 
@@ -204,6 +208,7 @@ def agree(
         transport=transport,
         num_hosts=num_hosts,
         ranks_on_host=hosts.count(hosts[rank]),
+        rank_on_host=hosts[:rank].count(hosts[rank]),
         job_key=offers[0]["job_key"],
         shared_key=keys.pop() if len(keys) == 1 else None,
     )
@@ -255,6 +260,7 @@ def native_config(config: ExpertParallelConfig, agreement: Agreement) -> _C.Grou
         fp8_scale=config.fp8_scale,
         transport=agreement.transport,
         provider=config.provider or "",
+        **_nics(config, agreement),
         timeout_s=config.timeout_s,
         heartbeat_timeout_s=config.heartbeat_timeout_s,
         memory_budget_bytes=config.memory_budget_bytes,
@@ -269,6 +275,36 @@ def native_config(config: ExpertParallelConfig, agreement: Agreement) -> _C.Grou
     )
 
 
+def _nics(config: ExpertParallelConfig, agreement: Agreement) -> dict[str, Any]:
+    nics = [] if agreement.transport != "libfabric" else _paired_nics(config.provider, agreement)
+    if not nics:
+        return {"num_nics": config.num_nics or 1}
+    if config.num_nics is not None and config.num_nics > len(nics):
+        raise ConfigError(
+            f"num_nics={config.num_nics}, but {len(nics)} of this host's EFA NICs fall to each of its "
+            f"{agreement.ranks_on_host} ranks ({', '.join(nics)}): see `moe-efa doctor`"
+        )
+    nics = nics[: config.num_nics]
+    return {"num_nics": len(nics), "nic_names": nics}
+
+
+def _paired_nics(provider: str | None, agreement: Agreement, root: Path = topology.SYSFS) -> list[str]:
+    """Names of this rank's EFA NICs among those that libfabric can open; empty where another provider is used."""
+    host = topology.read_topology(root)
+    if not host.nics:
+        return []
+    search = libfabric.search_path()
+    provider = provider or _C.libfabric_default_provider(**search)
+    if not provider.startswith("efa"):
+        return []
+    host = topology.keep_nics(host, _C.libfabric_nics(provider, **search))
+    pairing = topology.pair(host, agreement.ranks_on_host)
+    if pairing.unused and agreement.rank_on_host == 0:
+        names = ", ".join(nic.name for nic in pairing.unused)
+        _log.warning("EFA NICs that no rank of this host uses, as they do not divide evenly: %s", names)
+    return [nic.name for nic in pairing.shares[agreement.rank_on_host].nics]
+
+
 def _faults() -> dict[str, Any]:
     reorder = env.reorder()
     if reorder is None:
@@ -278,6 +314,7 @@ def _faults() -> dict[str, Any]:
         "reorder_seed": reorder.seed,
         "reorder_drop_node": reorder.drop_node,
         "reorder_drop_after": reorder.drop_after,
+        "reorder_drop_nic": reorder.drop_nic,
     }
 
 

@@ -41,6 +41,13 @@ void bind_build_info(py::module_& module) {
       },
       py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{},
       py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "libfabric_nics",
+      [](const std::string& provider, const std::string& libfabric, const std::vector<std::string>& hints) {
+        return transport::available_nics({libfabric, hints}, provider);
+      },
+      py::arg("provider"), py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{},
+      py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace moe_efa::bindings

@@ -62,6 +62,10 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.transport = py::cast<std::string>(value);
     else if (name == "provider")
       config.provider = py::cast<std::string>(value);
+    else if (name == "num_nics")
+      config.num_nics = py::cast<std::uint32_t>(value);
+    else if (name == "nic_names")
+      config.nic_names = py::cast<std::vector<std::string>>(value);
     else if (name == "timeout_s")
       config.timeout_s = py::cast<double>(value);
     else if (name == "heartbeat_timeout_s")
@@ -92,6 +96,8 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.reorder_drop_node = py::cast<std::int32_t>(value);
     else if (name == "reorder_drop_after")
       config.reorder_drop_after = py::cast<std::uint64_t>(value);
+    else if (name == "reorder_drop_nic")
+      config.reorder_drop_nic = py::cast<std::int32_t>(value);
     else
       throw py::type_error("GroupConfig has no field '" + name + "'");
   }
@@ -166,12 +172,21 @@ py::dict stats_dict(const runtime::GroupStats& stats) {
   out["wire_bytes"] = wire;
   out["wire_floor_bytes"] = floor;
   out["writes"] = stats.writes;
+  py::list nics;
+  for (const engine::NicStats& nic : stats.nics) {
+    py::dict entry;
+    entry["writes"] = nic.writes;
+    entry["bytes"] = nic.bytes;
+    nics.append(entry);
+  }
+  out["nics"] = nics;
   return out;
 }
 
 py::dict info_dict(const runtime::GroupInfo& info) {
   py::dict out;
   out["transport"] = info.transport;
+  out["nics"] = info.nics;
   out["chunk_rows"] = info.layout.chunk_rows;
   out["slots"] = info.layout.slots;
   out["publish_slots"] = info.layout.publish_slots;
@@ -266,6 +281,19 @@ void bind_group(py::module_& module) {
         out["slots"] = sizing.layout.slots;
         out["publish_slots"] = sizing.layout.publish_slots;
         out["completion_queue_events"] = engine::max_inbound_events(sizing.layout);
+        proto::RegionLayout layout(sizing.layout, 0);
+        py::dict parts;
+        parts["flags"] = layout.flag_bytes();
+        parts["counts"] = layout.counts_part_bytes();
+        parts["dispatch_rings"] = layout.ring_part_bytes(proto::Phase::kDispatch);
+        parts["combine_rings"] = layout.ring_part_bytes(proto::Phase::kCombine);
+        parts["dispatch_send_slots"] = layout.send_part_bytes(proto::Phase::kDispatch);
+        parts["combine_send_slots"] = layout.send_part_bytes(proto::Phase::kCombine);
+        parts["publish"] = layout.publish_part_bytes();
+        out["parts"] = parts;
+        out["dispatch_slot_bytes"] = layout.slot_bytes(proto::Phase::kDispatch);
+        out["combine_slot_bytes"] = layout.slot_bytes(proto::Phase::kCombine);
+        out["writes_per_nic"] = runtime::kWritesPerNic;
         return out;
       },
       py::arg("config"), "What a configuration registers, before anything is allocated.");

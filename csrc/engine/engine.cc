@@ -4,6 +4,7 @@
 #include <cstring>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "common/mutant.h"
 
@@ -27,7 +28,8 @@ constexpr std::uint64_t kIdSeqMask = (1ull << kIdNicShift) - 1;
 }  // namespace
 
 std::uint64_t max_inbound_events(const proto::LayoutConfig& layout) {
-  // From each rail peer, per phase: S chunks, S credits, the overtaken ones, counts of two live epochs; and one hello.
+  // From each rail peer, per phase: S chunks, S credits, the overtaken ones, counts of two live epochs; and one hello,
+  // as a hello goes to the NIC of the same number.
   std::uint64_t per_peer = kNumPhases * (2ull * layout.slots + kMaxCreditsInFlight + 2) + 1;
   return (layout.num_nodes - 1) * per_peer;
 }
@@ -42,12 +44,13 @@ Engine::Engine(const EngineConfig& config)
       region_(config.region),
       max_writes_per_nic_(config.max_writes_per_nic),
       credit_batch_(std::max(1u, config.layout.slots / 4)),
-      hello_seen_(config.topology.num_nodes(), false),
+      hello_seen_(std::size_t{config.topology.num_nodes()} * config.num_nics, false),
       nics_(config.num_nics) {
   std::uint32_t nodes = topology_.num_nodes(), slots = config.layout.slots;
   MOE_EFA_CHECK(nodes <= proto::kMaxNodes, nodes << " nodes exceed the immediate's node field");
   MOE_EFA_CHECK(slots >= 1 && slots <= proto::kMaxSlots, slots << " slots per ring");
   MOE_EFA_CHECK(config.num_nics >= 1 && config.num_nics <= 32, config.num_nics << " NICs");
+  stats_.nics.resize(config.num_nics);
   for (std::uint32_t node = 0; node < nodes; ++node) peer_layouts_.emplace_back(config.layout, node);
   for (std::uint32_t p = 0; p < kNumPhases; ++p) {
     send_[p].resize(nodes);
@@ -85,8 +88,18 @@ void Engine::protocol_error(std::uint32_t node, Phase phase, std::int64_t epoch,
 
 void Engine::on_hello_wanted() {
   for (std::uint32_t node = 0; node < topology_.num_nodes(); ++node) {
-    if (node != topology_.node()) urgent_.push_back({WriteKind::kHello, Phase::kDispatch, node, 0, 0, 0, false});
+    if (node == topology_.node()) continue;
+    for (Nic& nic : nics_) nic.hellos.push_back(node);
+    hellos_due_ += nics_.size();
   }
+}
+
+std::optional<MissingHello> Engine::missing_hello() const {
+  auto nics = static_cast<std::uint32_t>(nics_.size());
+  for (std::uint32_t i = 0; i < hello_seen_.size(); ++i) {
+    if (i / nics != topology_.node() && !hello_seen_[i]) return MissingHello{i / nics, i % nics};
+  }
+  return std::nullopt;
 }
 
 void Engine::on_begun(Phase phase, std::uint64_t num_epochs) {
@@ -114,8 +127,9 @@ void Engine::on_descriptor(const Descriptor& descriptor) {
 int Engine::pick_nic() const {
   int best = -1;
   for (std::size_t nic = 0; nic < nics_.size(); ++nic) {
-    if (nics_[nic].stalled || nics_[nic].outstanding >= max_writes_per_nic_) continue;
-    if (best < 0 || nics_[nic].queued_bytes < nics_[best].queued_bytes) best = static_cast<int>(nic);
+    if (!has_room(nics_[nic])) continue;
+    auto load = [this](std::size_t i) { return std::pair(nics_[i].queued_bytes, stats_.nics[i].bytes); };
+    if (best < 0 || load(nic) < load(best)) best = static_cast<int>(nic);
   }
   return best;
 }
@@ -145,7 +159,7 @@ Write Engine::make_write(const Pending& pending, std::uint32_t nic) {
       write.imm = Imm::make(proto::credit_kind(pending.phase), false, 0, own_node, pending.seq).encode();
       break;
     case WriteKind::kHello:
-      write.imm = Imm::make(ImmKind::kHello, false, 0, own_node, 0).encode();
+      write.imm = Imm::make(ImmKind::kHello, false, 0, own_node, nic).encode();
       break;
   }
   return write;
@@ -153,6 +167,10 @@ Write Engine::make_write(const Pending& pending, std::uint32_t nic) {
 
 std::optional<Write> Engine::next_write() {
   if (failed()) return std::nullopt;
+  for (std::uint32_t i = 0; hellos_due_ > 0 && i < nics_.size(); ++i) {
+    if (nics_[i].hellos.empty() || !has_room(nics_[i])) continue;
+    return make_write({WriteKind::kHello, Phase::kDispatch, nics_[i].hellos.front(), 0, 0, 0, false}, i);
+  }
   int nic = pick_nic();
   if (nic < 0) return std::nullopt;
   if (!urgent_.empty()) return make_write(urgent_.front(), nic);
@@ -178,6 +196,8 @@ void Engine::on_posted(const Write& write) {
   ++outstanding_total_;
   ++stats_.writes;
   stats_.bytes += write.bytes;
+  ++stats_.nics[write.nic].writes;
+  stats_.nics[write.nic].bytes += write.bytes;
   stats_.wire_bytes[index(phase)] += write.bytes;
   switch (kind) {
     case WriteKind::kCredit: {
@@ -197,8 +217,13 @@ void Engine::on_posted(const Write& write) {
       bulk_.pop_front();
       break;
     }
-    default:
+    case WriteKind::kCounts:
       urgent_.pop_front();
+      break;
+    case WriteKind::kHello:
+      nic.hellos.pop_front();
+      --hellos_due_;
+      break;
   }
 }
 
@@ -209,6 +234,9 @@ void Engine::resume_nics() {
 }
 
 int Engine::waiting_peer() const {
+  for (const Nic& nic : nics_) {
+    if (!nic.hellos.empty()) return static_cast<int>(topology_.rail_peer(nic.hellos.front()));
+  }
   if (!urgent_.empty()) return static_cast<int>(topology_.rail_peer(urgent_.front().node));
   if (!credits_due_.empty()) return static_cast<int>(topology_.rail_peer(credits_due_.front().second));
   if (!bulk_.empty()) return static_cast<int>(topology_.rail_peer(bulk_.front().node));
@@ -308,17 +336,26 @@ void Engine::on_remote_imm(std::uint32_t bits, std::uint32_t bytes) {
     case ImmKind::kCombineCredit:
       return on_credit(Phase::kCombine, imm);
     case ImmKind::kHello:
-      if (hello_seen_[imm.source_node]) {
-        protocol_error(imm.source_node, Phase::kDispatch, -1, -1, "a second hello");
-        return;
-      }
-      hello_seen_[imm.source_node] = true;
-      ++hellos_;
-      return;
+      return on_hello(imm);
     case ImmKind::kInvalid:
       break;
   }
   protocol_error(imm.source_node, Phase::kDispatch, -1, -1, "immediate of unknown kind " + std::to_string(bits));
+}
+
+void Engine::on_hello(const Imm& imm) {
+  if (imm.value >= nics_.size()) {
+    return protocol_error(
+        imm.source_node, Phase::kDispatch, -1, -1,
+        "hello of NIC " + std::to_string(imm.value) + ", each rank has " + std::to_string(nics_.size()));
+  }
+  std::size_t place = imm.source_node * nics_.size() + imm.value;
+  if (hello_seen_[place]) {
+    return protocol_error(imm.source_node, Phase::kDispatch, -1, -1,
+                          "a second hello of NIC " + std::to_string(imm.value));
+  }
+  hello_seen_[place] = true;
+  ++hellos_;
 }
 
 void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {

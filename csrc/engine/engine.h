@@ -50,15 +50,25 @@ struct Action {
   std::uint64_t value = 0;
 };
 
+struct NicStats {
+  std::uint64_t writes = 0, bytes = 0;  // posted
+};
+
+struct MissingHello {
+  std::uint32_t node = 0, nic = 0;
+};
+
 struct EngineStats {
   std::uint64_t writes = 0, bytes = 0;
+  std::vector<NicStats> nics;
   std::uint64_t wire_bytes[proto::kNumPhases] = {0, 0};  // posted, headers and metadata included
 };
 
 // Credits of one ring that may be under way at a time: as many as the batches of S / 4 that make up a whole ring.
 inline constexpr std::uint32_t kMaxCreditsInFlight = 4;
 
-// Immediates that can be on their way to one rank at most, and so the least size of its completion queue (I12).
+// Immediates that can be on their way to one NIC of a rank at most, and so the least size of its completion queue
+// (I12). Writes may all take one NIC, so it does not depend on how many there are.
 std::uint64_t max_inbound_events(const proto::LayoutConfig& layout);
 
 // Descriptors that can wait for the driver at most: the send slots, and the counts of two live epochs.
@@ -69,7 +79,7 @@ class Engine {
   explicit Engine(const EngineConfig& config);
 
   // --- events
-  void on_hello_wanted();                                       // say hello to every rail peer
+  void on_hello_wanted();                                       // say hello to every rail peer, on every NIC
   void on_begun(proto::Phase phase, std::uint64_t num_epochs);  // this rank has begun that many epochs
   void on_descriptor(const Descriptor& descriptor);
   void on_write_done(std::uint64_t id);
@@ -88,8 +98,11 @@ class Engine {
 
   bool failed() const { return !failure_.ok(); }
   const common::Status& failure() const { return failure_; }
-  bool all_hellos() const { return hellos_ == topology_.num_nodes() - 1; }
-  bool has_pending_writes() const { return !urgent_.empty() || !bulk_.empty() || !credits_due_.empty(); }
+  bool all_hellos() const { return hellos_ == (topology_.num_nodes() - 1) * nics_.size(); }
+  std::optional<MissingHello> missing_hello() const;  // the first of those that have not come
+  bool has_pending_writes() const {
+    return hellos_due_ > 0 || !urgent_.empty() || !bulk_.empty() || !credits_due_.empty();
+  }
   bool idle() const { return !has_pending_writes() && outstanding_total_ == 0; }
   int waiting_peer() const;  // rank whose write is at the head of the queue, or -1
   const EngineStats& stats() const { return stats_; }
@@ -125,11 +138,13 @@ class Engine {
   struct Nic {
     std::uint32_t outstanding = 0;
     std::uint64_t queued_bytes = 0;
+    std::deque<std::uint32_t> hellos;  // nodes to greet on this NIC: each has connections of its own
     bool stalled = false;
   };
 
   SendRing& send_ring(proto::Phase phase, std::uint32_t node);
   ReceiveRing& receive_ring(proto::Phase phase, std::uint32_t node);
+  void on_hello(const proto::Imm& imm);
   void on_chunk(proto::Phase phase, const proto::Imm& imm, std::uint32_t bytes);
   void on_counts(proto::Phase phase, const proto::Imm& imm, std::uint32_t bytes);
   void on_credit(proto::Phase phase, const proto::Imm& imm);
@@ -138,6 +153,7 @@ class Engine {
   void update_retired(proto::Phase phase);
   bool epoch_is_live(proto::Phase phase, std::uint64_t epoch) const;
   Write make_write(const Pending& pending, std::uint32_t nic);
+  bool has_room(const Nic& nic) const { return !nic.stalled && nic.outstanding < max_writes_per_nic_; }
   int pick_nic() const;
   void protocol_error(std::uint32_t node, proto::Phase phase, std::int64_t epoch, std::int64_t chunk,
                       const std::string& text);
@@ -153,12 +169,12 @@ class Engine {
   std::vector<SendRing> send_[proto::kNumPhases];
   std::vector<ReceiveRing> receive_[proto::kNumPhases];
   std::vector<std::uint64_t> counts_seen_[proto::kNumPhases];  // by node * 2 + parity: epoch + 1
-  std::vector<bool> hello_seen_;
-  std::uint32_t hellos_ = 0;
+  std::vector<bool> hello_seen_;                               // by node * NICs + NIC
+  std::size_t hellos_ = 0, hellos_due_ = 0;
   std::uint64_t begun_[proto::kNumPhases] = {0, 0};
   std::uint64_t retired_[proto::kNumPhases] = {0, 0};
   std::vector<Nic> nics_;
-  std::deque<Pending> urgent_;  // hellos and counts
+  std::deque<Pending> urgent_;  // counts
   std::deque<std::pair<proto::Phase, std::uint32_t>> credits_due_;
   std::deque<Pending> bulk_;                                      // chunks, in the order in which they were packed
   std::vector<std::uint32_t> inflight_bytes_[proto::kNumPhases];  // by node * slots + slot

@@ -88,6 +88,15 @@ class RegionLayout {
   constexpr std::uint64_t slot_bytes(Phase phase) const {
     return phase == Phase::kDispatch ? dispatch_slot_bytes_ : combine_slot_bytes_;
   }
+  // The parts of the region, which add up to total_bytes().
+  constexpr std::uint64_t counts_part_bytes() const { return ring_[0] - flag_bytes_; }
+  constexpr std::uint64_t ring_part_bytes(Phase phase) const {
+    return phase == Phase::kDispatch ? ring_[1] - ring_[0] : send_[0] - ring_[1];
+  }
+  constexpr std::uint64_t send_part_bytes(Phase phase) const {
+    return phase == Phase::kDispatch ? send_[1] - send_[0] : publish_ - send_[1];
+  }
+  constexpr std::uint64_t publish_part_bytes() const { return total_bytes_ - publish_; }
   constexpr std::uint64_t publish_slot_bytes() const { return publish_slot_bytes_; }
   constexpr std::uint64_t counts_bytes() const { return counts_bytes_; }
   constexpr std::uint32_t ring_slots(std::uint32_t node) const {

@@ -53,6 +53,10 @@ Sizing choose_layout(const GroupConfig& config) {
       config.max_tokens_per_rank == 0 || config.max_tokens_per_rank > 1u << 26) {
     config_error("top_k must lie in [1, 64], hidden_size and max_tokens_per_rank must be positive");
   }
+  if (config.num_nics == 0 || config.num_nics > kMaxNics || config.nic_names.size() > kMaxNics) {
+    config_error("a rank has between 1 and " + std::to_string(kMaxNics) + " NICs, not " +
+                 std::to_string(config.nic_names.empty() ? config.num_nics : config.nic_names.size()));
+  }
   std::uint32_t experts_per_node = config.num_experts / topology.num_nodes();
   if (experts_per_node > 65535) config_error("at most 65535 experts per node");
 

@@ -23,9 +23,11 @@ struct GroupConfig {
   std::string combine_dtype = "auto";
   std::string grad_wire_dtype = "auto";
   std::string grad_combine_dtype = "auto";
-  std::string fp8_scale = "fp32";  // | "ue8m0"
-  std::string transport = "none";  // what joins nodes: "none" | "shm" | "libfabric"
-  std::string provider;            // of libfabric; empty = the best present
+  std::string fp8_scale = "fp32";      // | "ue8m0"
+  std::string transport = "none";      // what joins nodes: "none" | "shm" | "libfabric"
+  std::string provider;                // of libfabric; empty = the best present
+  std::uint32_t num_nics = 1;          // rails of this rank, equal on all ranks
+  std::vector<std::string> nic_names;  // which NICs they take, one each; empty = as the provider finds them
   double timeout_s = 600;
   double heartbeat_timeout_s = 20;
   double warn_after_s = 30;  // a call that waits so long says for whom, once
@@ -43,7 +45,11 @@ struct GroupConfig {
   std::uint64_t reorder_seed = 0;
   std::int32_t reorder_drop_node = -1;
   std::uint64_t reorder_drop_after = 0;
+  std::int32_t reorder_drop_nic = -1;  // all
 };
+
+inline constexpr std::uint32_t kWritesPerNic = 64;  // own writes in flight
+inline constexpr std::uint32_t kMaxNics = 32;       // per rank
 
 struct Sizing {
   proto::LayoutConfig layout;

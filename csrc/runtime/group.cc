@@ -29,7 +29,6 @@ constexpr double kVerdictS = 0.5;   // after an error of a rail: for the failure
 constexpr double kFarewellS = 1;    // more than the others wait, so that who knows the culprit speaks first
 constexpr double kHearsayS = 1;     // before a rank blames one that may be waiting for another
 constexpr double kDrainS = 2;
-constexpr std::uint32_t kWritesPerNic = 64;
 constexpr long kRailsPauseUs = 50, kMatesPauseUs = 10'000;  // the longest sleep of a waiting call
 
 // Two busy threads a rank: the caller and the driver.
@@ -205,8 +204,14 @@ void Group::start() {
     if (failed_.load()) check_open();
     if (interrupt_check_) interrupt_check_();
     if (monotonic_s() - begin > config_.timeout_s) {
-      fail({StatusCode::kPeerTimeout, -1, -1, -1, -1,
-            "no first contact over " + rails_[0]->describe() + " within " + std::to_string(config_.timeout_s) + " s"});
+      engine::MissingHello missing;
+      driver_->inspect(
+          [&](engine::Engine& engine) { missing = engine.missing_hello().value_or(engine::MissingHello{}); });
+      int peer =
+          missing.node == config_.topology.node() ? -1 : static_cast<int>(config_.topology.rail_peer(missing.node));
+      std::string text = rails_[missing.nic]->describe() + (peer < 0 ? "" : " with rank " + std::to_string(peer));
+      fail({StatusCode::kPeerTimeout, peer, -1, -1, -1,
+            "no first contact over " + text + " within " + std::to_string(config_.timeout_s) + " s"});
     }
     if (!met) sched_yield();
   }
@@ -525,6 +530,7 @@ GroupStats Group::stats() {
   driver_->inspect([&](engine::Engine& engine) {
     for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p].wire_bytes = engine.stats().wire_bytes[p];
     stats.writes = engine.stats().writes;
+    stats.nics = engine.stats().nics;
   });
   return stats;
 }
@@ -533,6 +539,7 @@ GroupInfo Group::info() const {
   GroupInfo info;
   info.transport = rails_.empty() ? "shared memory" : rails_[0]->describe();
   info.layout = sizing_.layout;
+  for (const auto& rail : rails_) info.nics.push_back(rail->describe());
   info.registered_bytes = sizing_.region_bytes;
   info.num_threads = static_cast<std::uint32_t>(pool_.width());
   return info;

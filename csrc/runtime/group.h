@@ -63,10 +63,12 @@ struct PhaseStats {
 struct GroupStats {
   PhaseStats phases[proto::kNumPhases];
   std::uint64_t writes = 0;
+  std::vector<engine::NicStats> nics;  // what of it each NIC took
 };
 
 struct GroupInfo {
   std::string transport;
+  std::vector<std::string> nics;  // one description per rail; empty on a single node
   proto::LayoutConfig layout;
   std::uint64_t registered_bytes = 0;
   std::uint32_t num_threads = 1;

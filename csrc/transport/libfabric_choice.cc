@@ -39,6 +39,15 @@ std::vector<std::size_t> nics_of(const std::vector<EndpointFacts>& facts, const 
   return found;
 }
 
+std::size_t nic_named(const std::vector<EndpointFacts>& facts, const std::vector<std::size_t>& found,
+                      const std::string& name) {
+  for (std::size_t place : found) {
+    const std::string& domain = facts[place].domain;
+    if (domain == name || domain.compare(0, name.size() + 1, name + "-") == 0) return place;
+  }
+  return facts.size();
+}
+
 std::string unfit(const EndpointFacts& facts, const RailNeeds& needs) {
   if (facts.foreign_mode != 0) {
     return "it asks for modes " + std::to_string(facts.foreign_mode) + " of its application, which are not supported";

@@ -55,6 +55,11 @@ std::string label_of(const EndpointFacts& facts);
 // Places in `facts` of the candidate's NICs, one each, in the provider's order.
 std::vector<std::size_t> nics_of(const std::vector<EndpointFacts>& facts, const ProviderCandidate& candidate);
 
+// The one of `found` whose domain belongs to the device `name`: its name alone or with a suffix, as efa's
+// "rdmap0s6-rdm". facts.size() if there is none.
+std::size_t nic_named(const std::vector<EndpointFacts>& facts, const std::vector<std::size_t>& found,
+                      const std::string& name);
+
 // Why an endpoint cannot carry the rail, with the numbers; empty if it can.
 std::string unfit(const EndpointFacts& facts, const RailNeeds& needs);
 

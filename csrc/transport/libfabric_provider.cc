@@ -134,13 +134,16 @@ ProviderChoice choose_provider(const LibfabricApi& api, const LibfabricRailConfi
     const std::vector<std::size_t> found = nics_of(facts, candidate);
     if (found.empty()) continue;
     const std::size_t nic = chosen_by_nic(candidate.provider) ? config.nic_index : 0;
-    if (nic >= found.size()) {
-      throw_config(where + ": NIC " + std::to_string(nic) + " asked for, but " + candidate.name() + " of " + library +
-                   " has " + std::to_string(found.size()));
+    std::size_t place = nic < found.size() ? found[nic] : facts.size();
+    if (!config.nic_name.empty()) place = nic_named(facts, found, config.nic_name);
+    if (place == facts.size()) {
+      const std::string wanted = config.nic_name.empty() ? std::to_string(nic) : config.nic_name;
+      throw_config(where + ": NIC " + wanted + " asked for, but " + candidate.name() + " of " + library + " has " +
+                   std::to_string(found.size()) + (config.nic_name.empty() ? "" : " others"));
     }
     ProviderChoice choice;
-    choice.info = InfoPtr(api.dupinfo(entries[found[nic]]), FreeInfo{&api});
-    choice.facts = facts[found[nic]];
+    choice.info = InfoPtr(api.dupinfo(entries[place]), FreeInfo{&api});
+    choice.facts = facts[place];
     return choice;
   }
   std::string source = config.source_address.empty() ? "" : " at source address " + config.source_address;

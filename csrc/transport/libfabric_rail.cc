@@ -133,7 +133,7 @@ class LibfabricRail final : public Rail {
   void recycle(Operation* operation);
 
   const LibfabricApi& api_;
-  int rail_index_;
+  int rail_index_, num_rails_;
   std::byte* region_;
   std::uint64_t region_bytes_;
   std::uint32_t max_outstanding_;
@@ -159,6 +159,7 @@ class LibfabricRail final : public Rail {
 LibfabricRail::LibfabricRail(const LibfabricRailConfig& config)
     : api_(load_libfabric(config.search)),
       rail_index_(config.rail_index),
+      num_rails_(config.num_rails),
       region_(config.region),
       region_bytes_(config.region_bytes),
       max_outstanding_(std::max(config.max_outstanding, 1u)),
@@ -302,7 +303,8 @@ void LibfabricRail::read_endpoint_name() {
 }
 
 std::string LibfabricRail::describe() const {
-  return "libfabric " + label() + " " + api_.version_text() + " on " + choice_.info->domain_attr->name;
+  return "libfabric " + label() + " " + api_.version_text() + " on " + choice_.info->domain_attr->name +
+         nic_suffix(rail_index_, num_rails_);
 }
 
 std::vector<std::byte> LibfabricRail::local_address() const {

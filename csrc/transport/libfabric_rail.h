@@ -38,7 +38,8 @@ struct LibfabricRailConfig {
                                            // queue and, where the provider wants them, the posted receives
   std::string source_address;              // IPv4 address to bind; empty: the provider's first. Software providers only
   std::uint32_t nic_index = 0;             // among the provider's NICs in its own order; ignored by software providers
-  int rail_index = 0;                      // for messages
+  std::string nic_name;                    // the NIC by its name instead, such as "rdmap0s6"; empty: by nic_index
+  int rail_index = 0, num_rails = 1;       // of this rank, for messages
 };
 
 // Throws StatusError: kConfig when the library, the provider or the NIC is missing or unfit, kTransport otherwise.

@@ -38,6 +38,11 @@ struct RailEvent {
   std::string error;        // kError: failing call and the library's text
 };
 
+// What tells a rank's NICs apart in messages: " (NIC 2 of 4)"; empty for the only one.
+inline std::string nic_suffix(int index, int count) {
+  return count > 1 ? " (NIC " + std::to_string(index + 1) + " of " + std::to_string(count) + ")" : "";
+}
+
 class Rail {
  public:
   virtual ~Rail() = default;

@@ -193,6 +193,6 @@ void ShmRail::poll_ring(std::uint32_t node, std::span<RailEvent> events, std::si
   common::store_release(&ring->head, head);
 }
 
-std::string ShmRail::describe() const { return "shared memory"; }
+std::string ShmRail::describe() const { return "shared memory" + nic_suffix(config_.rail_index, config_.num_rails); }
 
 }  // namespace moe_efa::transport

@@ -21,6 +21,7 @@ struct ShmRailConfig {
   std::uint32_t own_node = 0;
   std::uint32_t num_nodes = 1;
   std::uint32_t inbox_entries = 1024;  // per ring; rounded up to a power of two
+  int rail_index = 0, num_rails = 1;   // of this rank, for messages
 };
 
 class ShmRail final : public Rail {

@@ -5,6 +5,7 @@ cost of the engine. What is counted and how is in bench/README.md.
 """
 
 from moe_efa.bench.command import main, run_command
-from moe_efa.bench.options import PRESETS, BenchConfig, add_arguments
+from moe_efa.bench.options import BenchConfig, add_arguments
+from moe_efa.presets import PRESETS
 
 __all__ = ["PRESETS", "BenchConfig", "add_arguments", "main", "run_command"]

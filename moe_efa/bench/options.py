@@ -12,15 +12,10 @@ import torch
 from moe_efa.bench.routing import ROUTINGS, RoutingConfig
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ConfigError
+from moe_efa.presets import PRESETS, describe_presets
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WIRE_DTYPES = ("auto", "bf16", "fp32", "fp8")
-# Published shapes: DeepSeek-V3 as decode and prefill benchmarks use it, and a layer of Kimi-K2.
-PRESETS: dict[str, dict[str, int]] = {
-    "decode": {"tokens": 128, "hidden": 7168, "topk": 8, "experts": 256},
-    "prefill": {"tokens": 4096, "hidden": 7168, "topk": 8, "experts": 256},
-    "kimi-k2": {"tokens": 4096, "hidden": 7168, "topk": 8, "experts": 384},
-}
 SWEEP = ((2048, (256, 512, 1024, 2048, 4096)), (7168, (256, 512, 1024, 2048)))  # hidden, tokens
 SWEEP_RANKS = (2, 4)
 
@@ -151,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--transport", default="auto", choices=("auto", "libfabric", "shm"), help="what joins nodes")
     job.add_argument("--provider", help="libfabric provider, such as efa or tcp (default: the best present)")
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--preset", choices=tuple(PRESETS), help=f"{_presets_text()}; single options override it")
+    shape.add_argument("--preset", choices=tuple(PRESETS), help=f"{describe_presets()}; single options override it")
     for name, meaning in (
         ("tokens", "tokens per rank, T"),
         ("hidden", "elements per token, H"),
@@ -207,10 +202,3 @@ def _list(values: tuple[int, ...]) -> str:
 
 def _grid_text() -> str:
     return " and ".join(f"{_list(tokens)} at H={hidden}" for hidden, tokens in SWEEP)
-
-
-def _presets_text() -> str:
-    return "; ".join(
-        f"{name}: {preset['tokens']} x {preset['hidden']}, top-{preset['topk']} of {preset['experts']}"
-        for name, preset in PRESETS.items()
-    )

@@ -47,6 +47,7 @@ def in_process_ranks(config: ExpertParallelConfig, num_ranks: int) -> Iterator[I
             transport="none" if node_size == num_ranks else "shm",
             num_hosts=1,
             ranks_on_host=num_ranks,
+            rank_on_host=rank,
             job_key=job_key,
             shared_key=None,
         )

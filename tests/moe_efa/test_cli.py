@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moe_efa import _C, ConfigError, ExpertParallelConfig, cli, doctor, env, libfabric, plan
+from moe_efa.presets import PRESETS
 
 LAUNCH_VARIABLES = (
     "RANK",
@@ -105,12 +106,55 @@ def test_what_is_missing_for_efa_is_named(tmp_path):
     assert missing(memlock=8 << 20) == ["locked memory (0.01 GiB by ulimit -l, 1 GiB per rank)"]
 
 
-def test_efa_devices_are_those_of_amazon(tmp_path):
-    for name, vendor in (("rdmap0s6", "0x1d0f"), ("mlx5_0", "0x15b3"), ("efa_1", "0x1d0f")):
-        (tmp_path / name / "device").mkdir(parents=True)
-        (tmp_path / name / "device" / "vendor").write_text(vendor + "\n")
-    assert doctor.find_efa_devices(tmp_path) == ["efa_1", "rdmap0s6"]
-    assert doctor.find_efa_devices(tmp_path / "absent") == []
+@pytest.mark.parametrize("max_tokens", [[], ["--max-tokens", "8192"]], ids=["4096", "8192"])
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp8"])
+@pytest.mark.parametrize("preset", ["deepseek-v3", "kimi-k2"])
+def test_prefill_among_64_ranks_stays_within_one_gibibyte(preset, dtype, max_tokens, capsys):
+    wire = ["--wire-dtype", dtype, "--combine-dtype", dtype]
+    assert (
+        cli.main(["plan", "--json", "--preset", preset, "--ranks", "64", "--node-size", "8", *wire, *max_tokens]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts"] == PRESETS[preset]["experts"]
+    assert found["max_tokens"] == int((max_tokens or ["", "4096"])[1])
+    assert found["registered_bytes"] <= 1 << 30
+    assert sum(found["parts"].values()) == found["registered_bytes"]
+    assert found["chunk_rows"] == 64
+    assert found["slots"] >= 2
+
+
+def test_plan_table_has_the_parts_and_queues(capsys):
+    assert cli.main(["plan", "--preset", "kimi-k2", "--ranks", "64", "--node-size", "8", "--max-tokens", "8192"]) == 0
+    text = capsys.readouterr().out
+    for word in ("registered per rank", "dispatch rings", "combine send slots", "publish", "counts", "flags"):
+        assert word in text
+    assert "events towards each NIC" in text
+    assert "E=384" in text
+
+
+def test_single_options_override_the_preset_of_a_plan(capsys):
+    assert (
+        cli.main(
+            [
+                "plan",
+                "--json",
+                "--preset",
+                "kimi-k2",
+                "--ranks",
+                "4",
+                "--node-size",
+                "2",
+                "--hidden",
+                "512",
+                "--experts",
+                "8",
+            ]
+        )
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert (found["hidden"], found["topk"], found["experts"], found["max_tokens"]) == (512, 8, 8, 4096)
+    assert cli.main(["plan", "--max-tokens", "0"]) == 1
 
 
 def test_plan_json_holds_what_the_native_extension_chooses(capsys):

@@ -66,6 +66,7 @@ def test_threads_are_shared_by_the_ranks_of_a_host(monkeypatch):
         ("MOE_EFA_REORDER", "on"),
         ("MOE_EFA_REORDER", "7,drop=1"),
         ("MOE_EFA_REORDER", "7,drop=-1@2"),
+        ("MOE_EFA_REORDER", "7,nic=1"),
         ("MOE_EFA_NUM_THREADS", "-2"),
         ("MOE_EFA_NUM_THREADS", "two"),
     ],

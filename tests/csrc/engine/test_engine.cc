@@ -444,6 +444,47 @@ TEST_CASE("hellos-are-said-once-and-counted") {
   bench.check_failed("second hello", -1, -1);
 }
 
+TEST_CASE("every-nic-greets-its-namesake-and-only-that-opens-it") {
+  Bench bench(3, 4, 2);
+  bench.engine->on_hello_wanted();
+  bench.engine->on_again(0);  // a NIC that is not connected yet keeps no other from greeting
+  std::vector<Write> writes = bench.post_all();
+  REQUIRE(writes.size() == 2);
+  for (const Write& write : writes) CHECK(write.nic == 1);
+  CHECK(bench.engine->has_pending_writes());
+  CHECK(bench.engine->waiting_peer() == 1);
+  bench.engine->resume_nics();
+  std::vector<Write> rest = bench.post_all();
+  REQUIRE(rest.size() == 2);
+  for (const Write& write : rest) CHECK((write.nic == 0 && Imm::decode(write.imm).value == 0));
+  for (std::uint32_t node : {2u, 1u}) {
+    for (std::uint32_t nic : {0u, 1u}) {
+      CHECK(!bench.engine->all_hellos());
+      bench.engine->on_remote_imm(Imm::make(ImmKind::kHello, false, 0, node, nic).encode(), 0);
+    }
+    if (node == 2) CHECK(bench.engine->missing_hello()->node == 1);
+  }
+  CHECK(bench.engine->all_hellos());
+  CHECK(!bench.engine->missing_hello());
+  bench.engine->on_remote_imm(Imm::make(ImmKind::kHello, false, 0, 1, 2).encode(), 0);
+  bench.check_failed("hello of NIC 2, each rank has 2", -1, -1);
+}
+
+TEST_CASE("one-nic-may-take-everything-and-its-bound-does-not-depend-on-the-others") {
+  for (std::uint32_t nics : {1u, 2u, 4u}) {
+    Bench bench(2, 4, nics);
+    for (std::uint32_t other = 1; other < nics; ++other) bench.engine->on_again(other);
+    bench.engine->on_hello_wanted();
+    bench.begin(0, {4});
+    for (int i = 0; i < 4; ++i) bench.chunk();
+    std::uint64_t on_first = 0;
+    for (const Write& write : bench.post_all()) on_first += write.nic == 0 ? 1 : 0;
+    CHECK(on_first == 6);  // hello, counts, all slots
+    CHECK(on_first <= engine::max_inbound_events(bench.layout.config()));
+    CHECK(bench.engine->stats().nics[0].writes == 6);
+  }
+}
+
 TEST_CASE("again-skips-the-nic-until-resumed-and-loses-nothing") {
   Bench bench(2, 4, 2);
   bench.begin(0, {2});
@@ -473,8 +514,8 @@ TEST_CASE("chunks-go-to-the-nic-with-the-fewest-bytes-queued") {
   bench.chunk(1, 100);
   std::vector<Write> writes = bench.post_all();
   REQUIRE(writes.size() == 4);
-  CHECK(writes[0].nic == 0);
-  for (int i = 1; i < 4; ++i) CHECK(writes[i].nic == 1);
+  CHECK(writes[0].nic == 1);  // none has any queued: the one that carried less, as the counts went over the other
+  for (int i = 1; i < 4; ++i) CHECK(writes[i].nic == 0);
   bench.done(writes[0]);
   bench.credit(1);
   CHECK(bench.engine->stats().wire_bytes[0] == 64 + 1300);

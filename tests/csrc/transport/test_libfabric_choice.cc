@@ -99,6 +99,9 @@ TEST_CASE("each rail has an EFA NIC of its own, software endpoints share the fir
   CHECK(nics_of(present, {"efa", "efa-direct"}) == std::vector<std::size_t>{0, 2});  // a NIC that is named twice is one
   CHECK(choice("efa", present, 1) == "efa-direct rdmap1s6-rdm");
   CHECK(choice("efa", present, 2) == "no such NIC");
+  CHECK(nic_named(present, {0, 2}, "rdmap1s6") == 2);
+  CHECK(nic_named(present, {0, 2}, "rdmap1s6-rdm") == 2);
+  CHECK(nic_named(present, {0, 2}, "rdmap1s") == present.size());  // not a NIC's name, but how one begins
   CHECK(choice("tcp", present, 3) == "tcp eth0");
 }
 
