@@ -22,7 +22,8 @@ class ShapedConfig:
         mtu: of the links, bytes.
         tokens, hidden, topk, experts, iters, warmup, seed: as in :class:`moe_efa.bench.BenchConfig`.
         waves: of ``ep.moe`` where overlap is measured.
-        mpi: measure MPI_Alltoallv too.
+        baseline: measure torch.distributed too.
+        mpi: measure MPI_Alltoallv too; only with the others.
     """
 
     nodes: int = 2
@@ -37,6 +38,7 @@ class ShapedConfig:
     warmup: int = 1
     seed: int = 0
     waves: int = 8
+    baseline: bool = True
     mpi: bool = True
 
     def __post_init__(self) -> None:
@@ -59,7 +61,8 @@ class ShapedConfig:
             "provider": "tcp",
             "wire_dtype": "bf16",
             "combine_dtype": "bf16",
-            "mpi": self.mpi,
+            "baseline": self.baseline,
+            "mpi": self.mpi and self.baseline,
         }
         for name in ("tokens", "hidden", "topk", "experts", "iters", "warmup", "seed"):
             values[name] = getattr(self, name)
@@ -104,6 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("waves", "of ep.moe where overlap is measured"),
     ):
         timing.add_argument(f"--{name}", type=int, metavar="N", help=f"{meaning} (default {getattr(default, name)})")
+    timing.add_argument(
+        "--no-baseline", dest="baseline", action="store_false", default=None, help="moe_efa and plain sockets alone"
+    )
     timing.add_argument("--no-mpi", dest="mpi", action="store_false", default=None, help="leave MPI_Alltoallv out")
     timing.add_argument("--quick", action="store_true", help="a small shape at 1 Gbit/s, to see that everything works")
     timing.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON too; -: to stdout")

@@ -53,11 +53,12 @@ class _Measurement:
         self.progress = Progress(rounds, visible=self.rank == 0)
         self.timer = Timer(group, self.progress)
         self.mine: Inputs = make_inputs(self.bench, self.rank, node_size=self.config.ranks_per_node)
-        self.baselines: dict[str, Exchange] = {
-            "torch_per_expert": TorchPerExpert(self.bench.ranks, self.bench.experts),
-            "torch_lean": LeanExchange(self.bench.ranks, self.bench.experts, torch_all_to_all, reuse_results=True),
-        }
-        if self.config.mpi:
+        ranks, experts = self.bench.ranks, self.bench.experts
+        self.baselines: dict[str, Exchange] = {}
+        if self.bench.baseline:
+            self.baselines["torch_per_expert"] = TorchPerExpert(ranks, experts)
+            self.baselines["torch_lean"] = LeanExchange(ranks, experts, torch_all_to_all, reuse_results=True)
+        if self.bench.mpi:
             self.progress.stage("starting the MPI ranks")
         network = MpiNetwork(self.addresses, plan["namespaces"], self.config.ranks_per_node, LINK)
         self.host = Host(group, self.bench, mpi_network=network)
