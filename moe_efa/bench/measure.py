@@ -20,7 +20,7 @@ from moe_efa.bench.exchange import Exchange, MoeEfaExchange
 from moe_efa.bench.inputs import make_inputs
 from moe_efa.bench.lean import LeanExchange, torch_all_to_all
 from moe_efa.bench.memory import check_memory
-from moe_efa.bench.mpi_job import MpiError, MpiJob
+from moe_efa.bench.mpi_job import MpiError, MpiJob, MpiNetwork
 from moe_efa.bench.options import DTYPES, BenchConfig
 from moe_efa.bench.progress import Progress
 from moe_efa.bench.routing import Imbalance
@@ -32,10 +32,13 @@ from moe_efa.expert_parallel import ExpertParallel
 TITLES = {"torch_per_expert": "torch per-expert", "torch_lean": "torch lean", "mpi": "MPI_Alltoallv"}
 
 
-class _Host:
-    """What this rank's host is, and the MPI ranks on it (rank 0 holds them; ``mpi_facts`` is the same everywhere)."""
+class Host:
+    """What this rank's host is, and the MPI ranks on it (rank 0 holds them; ``mpi_facts`` is the same everywhere).
 
-    def __init__(self, group: dist.ProcessGroup, config: BenchConfig) -> None:
+    ``mpi_network`` is for nodes that are network namespaces of one host.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, config: BenchConfig, *, mpi_network: MpiNetwork | None = None) -> None:
         self.names = gather(group, platform.node())
         self.ranks_here = self.names.count(platform.node())
         self.threads = env.num_threads(self.ranks_here)
@@ -48,8 +51,9 @@ class _Host:
             try:
                 if len(set(self.names)) > 1:
                     raise MpiError("the MPI version runs on one host only")
-                self.mpi = MpiJob(config, threads=self.threads)
+                self.mpi = MpiJob(config, threads=self.threads, network=mpi_network)
                 facts = {"available": True, **self.mpi.facts, "mpirun": " ".join(self.mpi.settings)}
+                facts["tcp"] = mpi_network is not None
             except MpiError as error:
                 facts = {"available": False, "reason": str(error)}
         self.mpi_facts = gather(group, facts)[0]
@@ -83,7 +87,7 @@ def measure_all(configs: Sequence[BenchConfig]) -> Iterator[dict[str, Any]]:
     """
     group = dist.group.WORLD
     assert group is not None
-    host = _Host(group, configs[0])
+    host = Host(group, configs[0])
     try:
         for i, config in enumerate(configs):
             where = f"T={config.tokens} H={config.hidden}"
@@ -93,7 +97,7 @@ def measure_all(configs: Sequence[BenchConfig]) -> Iterator[dict[str, Any]]:
         host.close()
 
 
-def _measure(config: BenchConfig, group: dist.ProcessGroup, host: _Host, what: str) -> dict[str, Any]:
+def _measure(config: BenchConfig, group: dist.ProcessGroup, host: Host, what: str) -> dict[str, Any]:
     rank = dist.get_rank()
     torch.set_num_threads(host.threads)
     progress = Progress((config.warmup + config.iters) * (2 if config.baseline else 1), visible=rank == 0, what=what)
@@ -130,7 +134,7 @@ def _measure(config: BenchConfig, group: dist.ProcessGroup, host: _Host, what: s
             named = {TITLES[name]: exchange for name, exchange in baselines.items()}
             digest, sums = check_baselines(config, group, ep, mine, named)
             if with_mpi:
-                _check_mpi(config, group, host, node_size, digest, lambda mpi: sums_agree(config, mine, sums, mpi))
+                check_mpi(config, group, host, node_size, digest, lambda mpi: sums_agree(config, mine, sums, mpi))
             del sums
         ours = MoeEfaExchange(ep)
         rows = count_rows(selections, rank=rank, node_size=node_size, num_experts=config.experts)
@@ -237,7 +241,7 @@ def _ratios(runs: dict[str, dict[str, Timing]], best: dict[str, str], ours: dict
     return {phase: runs[when][phase].p50_s / ours[phase].p50_s for phase, when in best.items()}
 
 
-def _check_fits(config: BenchConfig, group: dist.ProcessGroup, host: _Host, node_size: int) -> None:
+def _check_fits(config: BenchConfig, group: dist.ProcessGroup, host: Host, node_size: int) -> None:
     """Raise ConfigError on every rank if this routing or this shape cannot work on any of them. Collective."""
     problem = ""
     try:
@@ -250,8 +254,8 @@ def _check_fits(config: BenchConfig, group: dist.ProcessGroup, host: _Host, node
             raise ConfigError(text)
 
 
-def _check_mpi(
-    config: BenchConfig, group: dist.ProcessGroup, host: _Host, node_size: int, digest: str, agree: Callable[..., bool]
+def check_mpi(
+    config: BenchConfig, group: dist.ProcessGroup, host: Host, node_size: int, digest: str, agree: Callable[..., bool]
 ) -> None:
     """The MPI version must bring the rows of the other baselines, and sums that agree. Collective."""
     folder = gather(group, tempfile.mkdtemp(prefix="moe_efa_sums_") if host.mpi is not None else None)[0]

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,34 @@ def _is_open_mpi(command: list[str]) -> bool:
     return "Open MPI" in done.stdout
 
 
-def mpirun_arguments(ranks: int, cores: int) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class MpiNetwork:
+    """Nodes that are network namespaces of this host: by node, its address and its namespace."""
+
+    addresses: Sequence[str]
+    namespaces: Sequence[str]
+    ranks_per_node: int
+    interface: str
+
+    def arguments(self, folder: Path) -> list[str]:
+        """For mpirun, which runs in the first: TCP between nodes, and daemons started by a script in ``folder``."""
+        agent = folder / "agent"
+        cases = [f"{address}) name={name};;" for address, name in zip(self.addresses, self.namespaces, strict=True)]
+        # Called as ssh would be: HOST COMMAND... A name of its own keeps Open MPI from taking it for this host.
+        lines = ["#!/bin/sh", 'host=$1; shift; case "$host" in', *cases, "*) exit 1;;", "esac"]
+        named = 'echo "$0" >/proc/sys/kernel/hostname; exec sh -c "$*"'
+        lines.append(f'exec ip netns exec "$name" unshare --uts sh -c \'{named}\' "$name" "$@"')
+        agent.write_text("\n".join(lines) + "\n")
+        agent.chmod(0o700)
+        hosts = ",".join(f"{address}:{self.ranks_per_node}" for address in self.addresses)
+        interface = ["--mca", "btl_tcp_if_include", self.interface, "--prtemca", "prte_if_include", self.interface]
+        return ["--host", hosts, "--prtemca", "plm_ssh_agent", str(agent), *interface]
+
+
+def mpirun_arguments(ranks: int, cores: int, *, transports: str = "self,sm") -> list[str]:
     """The settings: shared memory and nothing else, no binding, and waiting ranks that yield where they share cores."""
     arguments = ["-n", str(ranks), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    arguments += ["--mca", "pml", "ob1", "--mca", "btl", "self,sm"]
+    arguments += ["--mca", "pml", "ob1", "--mca", "btl", transports]
     if ranks > cores:
         arguments += ["--mca", "mpi_yield_when_idle", "1"]
     # glibc keeps freed memory instead of returning it: a new result costs no page faults, as with reused buffers.
@@ -82,17 +107,20 @@ class MpiJob:
     Args:
         config: its ranks and mpi_args count; shapes come with :meth:`prepare`.
         threads: of torch in each MPI rank.
+        network: of the nodes, if they are not all this host.
 
     Raises:
         MpiError: if they do not come up.
     """
 
-    def __init__(self, config: BenchConfig, *, threads: int) -> None:
+    def __init__(self, config: BenchConfig, *, threads: int, network: MpiNetwork | None = None) -> None:
         mpirun = find_mpirun()
         self._folder = Path(tempfile.mkdtemp(prefix="moe_efa_mpi_"))
         self._connections: list[Any] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self.settings = [*mpirun_arguments(config.ranks, len(os.sched_getaffinity(0))), *config.mpi_args]
+        transports = "self,sm" if network is None else "self,sm,tcp"
+        self.settings = mpirun_arguments(config.ranks, len(os.sched_getaffinity(0)), transports=transports)
+        self.settings += [*(network.arguments(self._folder) if network else ()), *config.mpi_args]
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         program = [sys.executable, "-m", "moe_efa.bench.mpi_version", str(self._folder / "socket"), str(threads)]
         try:

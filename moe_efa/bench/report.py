@@ -74,7 +74,8 @@ def mpi_facts(mpi: dict[str, Any] | None) -> list[tuple[str, str]]:
     if not mpi["available"]:
         return [("MPI", f"not available: {mpi['reason']}")]
     copies = "single copy (CMA)" if mpi["single_copy"] else "two copies (no CMA here)"
-    return [("MPI", f"{mpi['library']}, shared memory, {copies}"), ("", f"mpirun {mpi['mpirun']}")]
+    between = ", TCP between nodes" if mpi.get("tcp") else ""
+    return [("MPI", f"{mpi['library']}, shared memory{between}, {copies}"), ("", f"mpirun {mpi['mpirun']}")]
 
 
 def _wire_lines(wire: dict[str, Any]) -> list[str]:
