@@ -12,6 +12,9 @@ namespace moe_efa::runtime {
 
 namespace {
 
+constexpr std::size_t kLeastPooled = 1 << 20;
+constexpr std::align_val_t kHeapAlign{64};
+
 // The number of rows differs a little from round to round: sizes in steps of an eighth meet again.
 std::size_t rounded(std::size_t bytes) {
   std::size_t step = kHugePage;
@@ -63,6 +66,23 @@ void HostPool::trim_locked(std::size_t max_idle_bytes) {
 std::size_t HostPool::idle_bytes() const {
   std::lock_guard lock(mutex_);
   return idle_bytes_;
+}
+
+HostBuffer::HostBuffer(std::shared_ptr<HostPool> pool, std::size_t bytes) : bytes_(bytes) {
+  if (bytes < kLeastPooled) {
+    block_ = {::operator new(std::max<std::size_t>(bytes, 1), kHeapAlign), bytes};
+  } else {
+    block_ = pool->take(bytes);
+    pool_ = std::move(pool);
+  }
+}
+
+HostBuffer::~HostBuffer() {
+  if (pool_) {
+    pool_->give_back(block_);
+  } else {
+    ::operator delete(block_.data, kHeapAlign);
+  }
 }
 
 }  // namespace moe_efa::runtime

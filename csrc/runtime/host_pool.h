@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 
 namespace moe_efa::runtime {
@@ -35,6 +36,23 @@ class HostPool {
   mutable std::mutex mutex_;
   std::size_t idle_bytes_ = 0;
   std::multimap<std::size_t, void*> idle_;  // by size
+};
+
+// A block that goes back to its pool with its owner. Small ones come from the heap, which reuses them anyway.
+class HostBuffer {
+ public:
+  HostBuffer(std::shared_ptr<HostPool> pool, std::size_t bytes);
+  ~HostBuffer();
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  void* data() const { return block_.data; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<HostPool> pool_;  // null: from the heap
+  std::size_t bytes_;
+  HostPool::Block block_;
 };
 
 }  // namespace moe_efa::runtime
