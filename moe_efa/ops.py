@@ -413,6 +413,8 @@ def start_combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str
     """The first half of a combine into ``out``, without gradients; the group's ``finish`` is the second."""
     native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
     _check_rows(native.config, y, weights, native_plan.rows)
+    if y.dtype != out.dtype:
+        raise ValueError(f"y must be {out.dtype} like the waves before, not {y.dtype}")
     return native.start_combine(
         y.contiguous(), native_plan, weights=None if weights is None else weights.contiguous(), out=out
     )

@@ -24,6 +24,7 @@ from moe_efa.native_group import NativeGroup, StartedCall
 
 MOST_WAVES = 8
 LEAST_WAVE_BYTES = 4 << 20
+WAVES_AHEAD = 2  # dispatches under way beside that of the wave to be computed: combines share the wire with them
 
 
 def default_waves(config: ExpertParallelConfig, *, num_nodes: int, dtype: torch.dtype) -> int:
@@ -239,7 +240,7 @@ def moe(
     expert_alignment: int,
     waves: int,
 ) -> Tensor:
-    """Dispatch, experts and combine in waves: two dispatches are ahead of the experts, all combines behind them."""
+    """Dispatch, experts and combine in waves: a few dispatches are ahead of the experts, all combines behind them."""
     group = native.name
     sizes = wave_sizes(len(x), waves)
     parts = list(zip(*(torch.split(tensor, sizes) for tensor in (x, topk_idx, topk_weights)), strict=True))
@@ -249,10 +250,12 @@ def moe(
     combine_tickets = []
     outputs: Sequence[Tensor] = ()
     out = x
-    tickets[0] = start_dispatch(dispatches[0], *parts[0])
-    for wave in range(waves):
-        if wave + 1 < waves:
-            tickets[wave + 1] = start_dispatch(dispatches[wave + 1], *parts[wave + 1])
+    for wave in range(-WAVES_AHEAD, waves):
+        if 0 <= wave + WAVES_AHEAD < waves:
+            coming = wave + WAVES_AHEAD
+            tickets[coming] = start_dispatch(dispatches[coming], *parts[coming])
+        if wave < 0:
+            continue
         ticket = tickets[wave]
         assert ticket is not None
         received = finish_dispatch(dispatches[wave], ticket)
