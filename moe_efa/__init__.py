@@ -8,7 +8,7 @@ from moe_efa.checkpoint import checkpoint_context, checkpoint_policy
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, PeerLostError, PeerTimeoutError, TransportError
 from moe_efa.expert_parallel import ExpertParallel
-from moe_efa.handle import DispatchResult, Handle
+from moe_efa.handle import DispatchResult, Handle, PendingCombine, PendingDispatch
 from moe_efa.nn import MoELayer
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "MoELayer",
     "PeerLostError",
     "PeerTimeoutError",
+    "PendingCombine",
+    "PendingDispatch",
     "TransportError",
     "__version__",
     "build_info",

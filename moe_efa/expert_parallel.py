@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_efa import native_group, ops
+from moe_efa import native_group, ops, overlap
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
-from moe_efa.handle import DispatchResult, Handle
+from moe_efa.handle import DispatchResult, Handle, PendingCombine, PendingDispatch
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 1  # offsets are int32
@@ -147,43 +147,18 @@ class ExpertParallel:
             ClosedError: if this object was closed.
             TransportError: if the exchange failed; every later call raises the same.
         """
-        self._check_open()
-        _check_tensor("x", x, _DTYPES)
-        self._check_output(output, x)
+        self._check_dispatch(x, topk_idx, topk_weights, handle, expert_alignment, output)
         if handle is not None:
-            self._check_handle(handle)
-            if topk_idx is not None or topk_weights is not None:
-                raise ValueError("topk_idx and topk_weights are not allowed with a handle, which has its own")
-            if expert_alignment not in (1, handle.expert_alignment):
-                raise ValueError(
-                    f"expert_alignment={expert_alignment} differs from the handle's {handle.expert_alignment}"
-                )
             if output == "fp8":
                 rows, scales = ops.replay_fp8(x, handle.plan, group=self._group, rows=handle.rows)
                 return _result(rows, handle, scales)
             return _result(ops.replay(x, handle.plan, group=self._group, rows=handle.rows), handle)
-        if topk_idx is None or topk_weights is None:
-            raise ValueError("dispatch needs topk_idx and topk_weights, or a handle")
-        _check_tensor("topk_idx", topk_idx, (torch.int64,))
-        _check_tensor("topk_weights", topk_weights, (torch.float32,))
-        if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
-            raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
-        most_rows = self.num_ranks * self.config.max_tokens_per_rank * self.config.top_k
-        if expert_alignment > 1 and most_rows + self.num_local_experts * (expert_alignment - 1) > _MAX_ROWS:
-            raise ValueError(f"expert_alignment={expert_alignment} could pad the rows of a rank beyond {_MAX_ROWS}")
+        assert topk_idx is not None
+        assert topk_weights is not None
         received = ops.dispatch(
             x, topk_idx, topk_weights, group=self._group, expert_alignment=expert_alignment, output=output
         )
-        handle = Handle(
-            plan=received.plan,
-            weights=received.weights,
-            tokens_per_expert=received.tokens_per_expert,
-            offsets=received.offsets,
-            num_tokens=x.shape[0],
-            expert_alignment=expert_alignment,
-            top_k=self.config.top_k,
-            group=self._group,
-        )
+        handle = self._make_handle(received, x.shape[0], expert_alignment)
         return _result(received.rows, handle, received.scales if output == "fp8" else None)
 
     def combine(self, y: Tensor, handle: Handle, *, weighted: bool = True) -> Tensor:
@@ -200,11 +175,63 @@ class ExpertParallel:
         Raises:
             ValueError, ClosedError, TransportError: as :meth:`dispatch`.
         """
-        self._check_open()
-        self._check_handle(handle)
-        _check_tensor("y", y, _DTYPES)
+        self._check_combine(y, handle)
         weights = handle.weights if weighted else None
         return ops.combine(y, weights, handle.plan, group=self._group, num_tokens=handle.num_tokens)
+
+    def dispatch_start(
+        self,
+        x: Tensor,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        handle: Handle | None = None,
+        expert_alignment: int = 1,
+        output: str = "same",
+    ) -> PendingDispatch:
+        """Start a :meth:`dispatch` and return at once; ``finish()`` of the result waits for it. Collective.
+
+        In between the exchange goes on in the background, while x, topk_idx and topk_weights stay as they are. Any
+        number of calls may be pending, of which one dispatch and one combine move at a time, in call order. Finish each
+        of them once, in any order. The order of starting is a part of the order that all ranks share; that of finishing
+        is not. Backward starts where forward finished, and finishes where forward started.
+
+        Not inside functions for torch.compile, which cannot see the halves of a call.
+
+        Args, raises:
+            as :meth:`dispatch`; what goes wrong on the way is raised by ``finish()``, or by any call before it.
+        """
+        self._check_dispatch(x, topk_idx, topk_weights, handle, expert_alignment, output)
+        _check_not_compiling("dispatch_start")
+        plan = None if handle is None else handle.plan
+        halves = overlap.DispatchHalves(self._group, plan=plan, expert_alignment=expert_alignment, output=output)
+        num_tokens = x.shape[0]
+        ticket = overlap.start_dispatch(halves, x, topk_idx, topk_weights)
+
+        def finish() -> DispatchResult:
+            self._check_open()
+            received = overlap.finish_dispatch(halves, ticket)
+            known = handle or self._make_handle(received, num_tokens, expert_alignment)
+            return _result(received.rows, known, received.scales if output == "fp8" else None)
+
+        return PendingDispatch(finish)
+
+    def combine_start(self, y: Tensor, handle: Handle, *, weighted: bool = True) -> PendingCombine:
+        """Start a :meth:`combine` and return at once; ``finish()`` of the result waits for it. Collective.
+
+        In between y stays as it is. For the rest see :meth:`dispatch_start`.
+        """
+        self._check_combine(y, handle)
+        _check_not_compiling("combine_start")
+        out = overlap.empty_result(handle.num_tokens, self.config.hidden_size, y.dtype)
+        halves = overlap.CombineHalves(self._group, handle.plan, out)
+        ticket = overlap.start_combine(halves, y, handle.weights if weighted else None)
+
+        def finish() -> Tensor:
+            self._check_open()
+            return overlap.finish_combines([halves], out, [ticket])
+
+        return PendingCombine(finish)
 
     def moe(
         self,
@@ -214,20 +241,45 @@ class ExpertParallel:
         experts: Callable[[Tensor, Tensor], Tensor],
         *,
         expert_alignment: int = 1,
+        waves: int | None = None,
     ) -> Tensor:
         """Dispatch, experts and combine in one call. Collective; so is its backward.
+
+        The tokens are cut into waves of consecutive tokens. Experts compute a wave while later ones come in and the
+        results of earlier ones leave; in backward the same happens in the opposite order. The result and the gradients
+        of x and topk_weights are those of one wave, bit by bit, if the experts' rows do not depend on how many there
+        are. Gradients of the experts' weights are sums over waves, in the dtype of the weights.
+
+        Inside functions for torch.compile, and under modes that watch operators such as those of
+        :func:`moe_efa.checkpoint_context`, a round is one wave.
 
         Args:
             x, topk_idx, topk_weights, expert_alignment: as in :meth:`dispatch`.
             experts: ``experts(rows, offsets) -> rows`` with rows [rows, H] and offsets [E_local + 1] int32 (see
-                :class:`DispatchResult`). It must act row by row and accept zero rows.
+                :class:`DispatchResult`). It must act row by row, accept zero rows, and is called once per wave.
+            waves: how many; equal on all ranks. None takes 1 where there is one node, and otherwise as many, up to 8,
+                as leave a full wave of a rank 4 MiB to send, at ``max_tokens_per_rank`` tokens that go to
+                ``min(top_k, nodes - 1)`` nodes each.
 
         Returns:
             [T, H] in the dtype of the experts' result.
+
+        Raises:
+            ValueError, ClosedError, TransportError: as :meth:`dispatch`.
         """
-        received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
-        y = ops.tie(experts(received.x, received.offsets).contiguous(), received.x)
-        return self.combine(y, received.handle)
+        if waves is None:
+            num_nodes = self.num_ranks // self.node_size
+            waves = 1 if num_nodes == 1 else overlap.default_waves(self.config, num_nodes=num_nodes, dtype=x.dtype)
+        elif isinstance(waves, bool) or not isinstance(waves, int) or waves < 1:
+            raise ValueError(f"waves must be a positive integer, not {waves!r}")
+        if waves == 1 or ops.is_watched():
+            received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
+            y = ops.tie(experts(received.x, received.offsets).contiguous(), received.x)
+            return self.combine(y, received.handle)
+        self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same")
+        return overlap.moe(
+            x, topk_idx, topk_weights, experts, native=self._native, expert_alignment=expert_alignment, waves=waves
+        )
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction, of all objects that share the native group.
@@ -272,6 +324,54 @@ class ExpertParallel:
         if self._closed:
             raise ClosedError("this ExpertParallel was closed")
 
+    def _make_handle(self, received: ops.Dispatched, num_tokens: int, expert_alignment: int) -> Handle:
+        return Handle(
+            plan=received.plan,
+            weights=received.weights,
+            tokens_per_expert=received.tokens_per_expert,
+            offsets=received.offsets,
+            num_tokens=num_tokens,
+            expert_alignment=expert_alignment,
+            top_k=self.config.top_k,
+            group=self._group,
+        )
+
+    def _check_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        handle: Handle | None,
+        expert_alignment: int,
+        output: str,
+    ) -> None:
+        self._check_open()
+        _check_tensor("x", x, _DTYPES)
+        self._check_output(output, x)
+        if handle is not None:
+            self._check_handle(handle)
+            if topk_idx is not None or topk_weights is not None:
+                raise ValueError("topk_idx and topk_weights are not allowed with a handle, which has its own")
+            if expert_alignment not in (1, handle.expert_alignment):
+                raise ValueError(
+                    f"expert_alignment={expert_alignment} differs from the handle's {handle.expert_alignment}"
+                )
+            return
+        if topk_idx is None or topk_weights is None:
+            raise ValueError("dispatch needs topk_idx and topk_weights, or a handle")
+        _check_tensor("topk_idx", topk_idx, (torch.int64,))
+        _check_tensor("topk_weights", topk_weights, (torch.float32,))
+        if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
+            raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
+        most_rows = self.num_ranks * self.config.max_tokens_per_rank * self.config.top_k
+        if expert_alignment > 1 and most_rows + self.num_local_experts * (expert_alignment - 1) > _MAX_ROWS:
+            raise ValueError(f"expert_alignment={expert_alignment} could pad the rows of a rank beyond {_MAX_ROWS}")
+
+    def _check_combine(self, y: Tensor, handle: Handle) -> None:
+        self._check_open()
+        self._check_handle(handle)
+        _check_tensor("y", y, _DTYPES)
+
     def _check_output(self, output: str, x: Tensor) -> None:
         if output not in ("same", "fp8"):
             raise ValueError(f"output must be 'same' or 'fp8', not {output!r}")
@@ -302,6 +402,11 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} is on {tensor.device}; this version works on CPU tensors")
     if tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous (strides are {_strides(tensor)}); call .contiguous()")
+
+
+def _check_not_compiling(name: str) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} cannot be compiled: call it outside, or dispatch, combine and moe inside")
 
 
 def _strides(tensor: Tensor) -> object:

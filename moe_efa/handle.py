@@ -1,7 +1,8 @@
-"""What dispatch returns. It does not know how anything is sent."""
+"""What dispatch and the halves of calls return. It does not know how anything is sent."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,3 +54,31 @@ class DispatchResult:
     weights: Tensor
     handle: Handle
     scales: Tensor | None = None
+
+
+class PendingDispatch:
+    """A dispatch under way. Made by :meth:`ExpertParallel.dispatch_start`."""
+
+    def __init__(self, finish: Callable[[], DispatchResult]) -> None:
+        self._finish: Callable[[], DispatchResult] | None = finish
+
+    def finish(self) -> DispatchResult:
+        """Wait for the rows of this rank's experts. Once; ValueError if it was called before."""
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise ValueError("this dispatch was finished before")
+        return finish()
+
+
+class PendingCombine:
+    """A combine under way. Made by :meth:`ExpertParallel.combine_start`."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish: Callable[[], Tensor] | None = finish
+
+    def finish(self) -> Tensor:
+        """Wait for the tokens' results. Once; ValueError if it was called before."""
+        finish, self._finish = self._finish, None
+        if finish is None:
+            raise ValueError("this combine was finished before")
+        return finish()

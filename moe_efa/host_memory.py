@@ -22,7 +22,14 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LEAST_BYTES:
         return torch.empty(*shape, dtype=dtype)
-    storage = torch.frombuffer(pool().take(nbytes), dtype=torch.uint8).untyped_storage()
+    return over(pool().take(nbytes), *shape, dtype=dtype)
+
+
+def over(buffer: _C.HostBuffer, *shape: int, dtype: torch.dtype) -> Tensor:
+    """The tensor of this shape over memory that is its alone."""
+    if math.prod(shape) == 0:
+        return torch.empty(*shape, dtype=dtype)
+    storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
     # Not a view of another tensor, so it may be changed in place.
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape, make_contiguous_strides_for(shape))
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ from moe_efa.quantization import BLOCK_SIZE
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _EXIT_TIMEOUT_S = 2.0
 _CONFIG_ERROR_TIMEOUT_S = 60.0  # a rank without a configuration waits so long for the others to hear of it
+
+
+class StartedCall:
+    """One call between its halves. What it reads and writes is kept, and must not change, until it is finished."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype  # of its result
+        self.ticket: int | None = None
 
 
 class NativeGroup:
@@ -48,6 +56,7 @@ class NativeGroup:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed: Exception | None = None  # what calls raise once the native group is closed
+        self._kept: dict[StartedCall, tuple[Tensor | None, ...]] = {}  # what started calls read and write
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
@@ -135,6 +144,99 @@ class NativeGroup:
             )
         return out, topk_weight_grads
 
+    def start_dispatch(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int, *, fp8_output: bool = False
+    ) -> StartedCall:
+        """The first half of :meth:`dispatch`, or of :meth:`dispatch_fp8`; ``finish_dispatch`` is the second."""
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x),
+            dtype=DTYPE_NAMES[x.dtype],
+            num_tokens=x.shape[0],
+            topk_idx_ptr=_pointer(topk_idx),
+            topk_weights_ptr=_pointer(topk_weights),
+            expert_alignment=expert_alignment,
+            fp8_output=fp8_output,
+        )
+        return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x, topk_idx, topk_weights)
+
+    def start_replay(
+        self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False
+    ) -> StartedCall:
+        """The first half of :meth:`replay`, or of :meth:`replay_fp8`; ``finish_dispatch`` is the second."""
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x),
+            dtype=DTYPE_NAMES[x.dtype],
+            num_tokens=x.shape[0],
+            plan=plan,
+            gradient=gradient,
+            fp8_output=fp8_output,
+        )
+        return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x)
+
+    def start_combine(
+        self,
+        y: Tensor,
+        plan: _C.Plan,
+        *,
+        out: Tensor,
+        weights: Tensor | None = None,
+        weight_grads: Tensor | None = None,
+        topk_weight_grads: Tensor | None = None,
+        gradient: bool = False,
+    ) -> StartedCall:
+        """The first half of :meth:`combine`, into ``out`` [T, H] of y's dtype; ``finish`` is the second."""
+        args = _C.CombineArgs(
+            y_ptr=_pointer(y),
+            dtype=DTYPE_NAMES[y.dtype],
+            plan=plan,
+            out_ptr=_pointer(out),
+            weights_ptr=_pointer(weights),
+            weight_grads_ptr=_pointer(weight_grads),
+            topk_weight_grads_ptr=_pointer(topk_weight_grads),
+            gradient=gradient,
+        )
+        started = StartedCall(y.dtype)
+        self._kept[started] = (y, weights, weight_grads, out, topk_weight_grads)
+        self._start(started, lambda: self._native.combine_start(args))
+        return started
+
+    def finish(self, started: StartedCall) -> _C.DispatchBuffers:
+        """Wait for the second half of a call. Once."""
+        if started.ticket is None:
+            raise ValueError("this call is finished: finish() once")
+        ticket, started.ticket = started.ticket, None
+        try:
+            with self._call():
+                return self._native.finish(ticket)
+        finally:  # done, or given up by all threads
+            self._kept.pop(started, None)
+
+    def finish_dispatch(self, started: StartedCall) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor | None]:
+        """(plan, rows, scales of FP8 rows, weights of a fresh dispatch), as the calls in one."""
+        buffers = self.finish(started)
+        plan, hidden_size = buffers.plan, self.config.hidden_size
+        rows = host_memory.over(buffers.x, plan.rows, hidden_size, dtype=started.dtype)
+        scales = weights = None
+        if buffers.scales is not None:
+            scales = host_memory.over(buffers.scales, plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
+        if buffers.weights is not None:
+            weights = host_memory.over(buffers.weights, plan.rows, dtype=torch.float32)
+        return plan, rows, scales, weights
+
+    def _start_dispatch(self, args: _C.DispatchArgs, dtype: torch.dtype, *memory: Tensor) -> StartedCall:
+        started = StartedCall(dtype)
+        self._kept[started] = memory
+        self._start(started, lambda: self._native.dispatch_start(args, host_memory.pool()))
+        return started
+
+    def _start(self, started: StartedCall, start: Callable[[], int]) -> None:
+        try:
+            with self._call():
+                started.ticket = start()
+        except Exception:
+            del self._kept[started]
+            raise
+
     def stats(self) -> dict[str, Any]:
         """Counters since construction."""
         with self._call():
@@ -160,6 +262,7 @@ class NativeGroup:
                     native.close(collective=True, timeout_s=self.config.timeout_s)
                 else:
                     rendezvous.discard(native)
+                self._kept.clear()
 
     def abort(self, message: str) -> None:
         """Fail the group on every rank, so that nobody waits for this one, and close it here."""
@@ -182,6 +285,7 @@ class NativeGroup:
                 if reason is not None:
                     native.abort(str(reason))
                 rendezvous.discard(native)
+                self._kept.clear()
         finally:
             self._lock.release()
 

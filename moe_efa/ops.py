@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from moe_efa import _C, native_group, plan_tensor
 from moe_efa.config import ExpertParallelConfig
-from moe_efa.native_group import NativeGroup
+from moe_efa.native_group import NativeGroup, StartedCall
 from moe_efa.quantization import BLOCK_SIZE
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -93,30 +93,30 @@ def dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, group: str, expert_alignment: int, output: str = "same"
 ) -> Dispatched:
     """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, a plan, ..."""
-    call = _dispatch_op if _is_watched() else _dispatch_autograd
+    call = _dispatch_op if is_watched() else _dispatch_autograd
     return Dispatched(*call(x, topk_idx, topk_weights, group, expert_alignment, output))
 
 
 def replay(x: Tensor, plan: Tensor, *, group: str, rows: int) -> Tensor:
     """x [T, H] -> rows [rows, H] of an earlier dispatch's plan."""
-    call = _replay_op if _is_watched() else _replay_autograd
+    call = _replay_op if is_watched() else _replay_autograd
     return call(x, plan, group, rows, False)[0]
 
 
 def replay_fp8(x: Tensor, plan: Tensor, *, group: str, rows: int) -> tuple[Tensor, Tensor]:
     """x [T, H] without gradient -> rows [rows, H] e4m3 and scales [rows, blocks] fp32 of an earlier dispatch's plan."""
-    call = _replay_fp8_op if _is_watched() else functools.partial(_call, _replay_fp8_op)
+    call = _replay_fp8_op if is_watched() else functools.partial(_call, _replay_fp8_op)
     q, scales, _ = call(x, plan, group, rows)
     return q, scales
 
 
 def combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str, num_tokens: int) -> Tensor:
     """y [rows, H], weights [rows] fp32 or None -> out [T, H] in y's dtype."""
-    call = _combine_op if _is_watched() else _combine_autograd
+    call = _combine_op if is_watched() else _combine_autograd
     return call(y, weights, plan, group, num_tokens, False)[0]
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a compiler or a mode has to see the operator itself; else its first kernel is called right away."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
@@ -214,11 +214,21 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         weights, y, plan = ctx.saved_tensors
         grad_rows, _ = _call(_replay_op, grad_out, plan, ctx.group, ctx.rows, True)
-        grad_weights = None if y is None else _weight_grads_op(grad_rows, y, plan, ctx.group)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_weights, None, None, None, None
-        grad_y = grad_rows if weights is None else (weights[:, None] * grad_rows).to(grad_rows.dtype)
+        grad_y, grad_weights = combine_gradients(
+            grad_rows, weights, y, plan, group=ctx.group, needs_y=ctx.needs_input_grad[0]
+        )
         return grad_y, grad_weights, None, None, None, None
+
+
+def combine_gradients(
+    grad_rows: Tensor, weights: Tensor | None, y: Tensor | None, plan: Tensor, *, group: str, needs_y: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of y and of the weights of a combine from the dispatched grad_out; y where the weights need one."""
+    grad_weights = None if y is None else _weight_grads_op(grad_rows, y, plan, group)
+    if not needs_y:
+        return None, grad_weights
+    grad_y = grad_rows if weights is None else (weights[:, None] * grad_rows).to(grad_rows.dtype)
+    return grad_y, grad_weights
 
 
 def _dispatch_autograd(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *options: Any) -> list[Tensor]:
@@ -365,6 +375,64 @@ def _weight_grads_fake(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -
 # Kernels. Compiled graphs and autograd may hand over any strides.
 
 
+def start_dispatch(
+    x: Tensor,
+    topk_idx: Tensor | None,
+    topk_weights: Tensor | None,
+    plan: Tensor | None,
+    *,
+    group: str,
+    expert_alignment: int,
+    output: str,
+) -> StartedCall:
+    """The first half of a dispatch, or of the replay of a plan, without gradients; arguments as for the operators."""
+    if plan is not None:
+        native, native_plan = _find_replay(x, plan, group)
+        return native.start_replay(x.contiguous(), native_plan, fp8_output=output == "fp8")
+    assert topk_idx is not None
+    assert topk_weights is not None
+    native = native_group.find(group)
+    _check_tokens(native.config, x)
+    _check_routing(native.config, x, topk_idx, topk_weights)
+    return native.start_dispatch(
+        x.contiguous(),
+        topk_idx.contiguous(),
+        topk_weights.contiguous(),
+        expert_alignment,
+        fp8_output=output == "fp8",
+    )
+
+
+def finish_dispatch(started: StartedCall, *, group: str) -> Dispatched:
+    """The second half; of a replay only rows and scales mean anything."""
+    native_plan, rows, scales, weights = native_group.find(group).finish_dispatch(started)
+    return _dispatched(native_plan, rows, scales, weights, group=group)
+
+
+def start_combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str, out: Tensor) -> StartedCall:
+    """The first half of a combine into ``out``, without gradients; the group's ``finish`` is the second."""
+    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    _check_rows(native.config, y, weights, native_plan.rows)
+    if y.dtype != out.dtype:
+        raise ValueError(f"y must be {out.dtype} like the waves before, not {y.dtype}")
+    return native.start_combine(
+        y.contiguous(), native_plan, weights=None if weights is None else weights.contiguous(), out=out
+    )
+
+
+def _dispatched(
+    native_plan: _C.Plan, rows: Tensor, scales: Tensor | None, weights: Tensor | None, *, group: str
+) -> Dispatched:
+    return Dispatched(
+        rows=rows,
+        scales=torch.empty(0, dtype=torch.float32) if scales is None else scales,
+        weights=torch.empty(0, dtype=torch.float32) if weights is None else weights,
+        tokens_per_expert=torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64),
+        offsets=torch.tensor(native_plan.offsets, dtype=torch.int32),
+        plan=plan_tensor.wrap(native_plan, group),
+    )
+
+
 def _dispatch_cpu(
     x: Tensor,
     topk_idx: Tensor,
@@ -384,16 +452,8 @@ def _dispatch_cpu(
         plan, rows, scales, weights = native.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment)
     else:
         plan, rows, weights = native.dispatch(x, topk_idx, topk_weights, expert_alignment)
-        scales = torch.empty(0, dtype=torch.float32)
-    results = Dispatched(
-        rows=rows,
-        scales=scales,
-        weights=weights,
-        tokens_per_expert=torch.tensor(plan.tokens_per_expert, dtype=torch.int64),
-        offsets=torch.tensor(plan.offsets, dtype=torch.int32),
-        plan=plan_tensor.wrap(plan, group),
-    )
-    return list(results)
+        scales = None
+    return list(_dispatched(plan, rows, scales, weights, group=group))
 
 
 def _replay_cpu(

@@ -32,6 +32,7 @@ PYTHON_LAYERS = (
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
     ("handle", "native_group", "plan_tensor"),
     ("ops",),
+    ("overlap",),
     ("checkpoint",),
     ("expert_parallel",),
     ("nn",),

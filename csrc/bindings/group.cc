@@ -220,6 +220,12 @@ void bind_group(py::module_& module) {
            py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("weight_grads_ptr") = 0,
            py::arg("topk_weight_grads_ptr") = 0, py::arg("gradient") = false);
 
+  py::class_<runtime::DispatchBuffers>(module, "DispatchBuffers")
+      .def_readonly("plan", &runtime::DispatchBuffers::plan)
+      .def_readonly("x", &runtime::DispatchBuffers::x)
+      .def_readonly("weights", &runtime::DispatchBuffers::weights)
+      .def_readonly("scales", &runtime::DispatchBuffers::scales);
+
   py::class_<Group, GroupPtr>(module, "Group")
       .def(py::init([](const GroupConfig& config) {
              GroupPtr group(new Group(config));
@@ -249,6 +255,9 @@ void bind_group(py::module_& module) {
           },
           py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0, release())
       .def("combine", &Group::combine, py::arg("args"), release())
+      .def("dispatch_start", &Group::dispatch_start, py::arg("args"), py::arg("pool"), release())
+      .def("combine_start", &Group::combine_start, py::arg("args"), release())
+      .def("finish", &Group::finish, py::arg("ticket"), release())
       .def(
           "abort", [](Group& group, const std::string& message) { group.abort(message); }, py::arg("message"),
           release())

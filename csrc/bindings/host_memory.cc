@@ -1,6 +1,4 @@
 // HostBuffer: memory from the pool that goes back to it with the last reference, for tensors made over its buffer.
-#include <unistd.h>
-
 #include <memory>
 
 #include "bindings/bindings.h"
@@ -9,37 +7,20 @@
 namespace moe_efa::bindings {
 
 namespace py = pybind11;
+using runtime::HostBuffer;
 using runtime::HostPool;
 
 namespace {
 
-class HostBuffer {
- public:
-  HostBuffer(std::shared_ptr<HostPool> pool, std::size_t bytes)
-      : pool_(std::move(pool)), bytes_(bytes), block_(pool_->take(bytes)) {}
-  // A child of fork() leaves the memory alone: another thread of its parent may have held the pool's lock.
-  ~HostBuffer() {
-    if (getpid() == pid_) pool_->give_back(block_);
-  }
-  HostBuffer(const HostBuffer&) = delete;
-  HostBuffer& operator=(const HostBuffer&) = delete;
-
-  py::buffer_info info() {
-    return {block_.data, 1, py::format_descriptor<std::uint8_t>::format(), static_cast<py::ssize_t>(bytes_)};
-  }
-
- private:
-  std::shared_ptr<HostPool> pool_;
-  std::size_t bytes_;
-  pid_t pid_ = getpid();
-  HostPool::Block block_;
-};
+py::buffer_info buffer_info(const HostBuffer& buffer) {
+  return {buffer.data(), 1, py::format_descriptor<std::uint8_t>::format(), static_cast<py::ssize_t>(buffer.bytes())};
+}
 
 }  // namespace
 
 void bind_host_memory(py::module_& module) {
   py::class_<HostBuffer, std::shared_ptr<HostBuffer>>(module, "HostBuffer", py::buffer_protocol())
-      .def_buffer(&HostBuffer::info);
+      .def_buffer(&buffer_info);
   py::class_<HostPool, std::shared_ptr<HostPool>>(module, "HostPool")
       .def(py::init<std::size_t>(), py::kw_only(), py::arg("max_idle_bytes"))
       .def(

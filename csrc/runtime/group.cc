@@ -30,6 +30,7 @@ constexpr double kFarewellS = 1;    // more than the others wait, so that who kn
 constexpr double kHearsayS = 1;     // before a rank blames one that may be waiting for another
 constexpr double kDrainS = 2;
 constexpr long kRailsPauseUs = 50, kMatesPauseUs = 10'000;  // the longest sleep of a waiting call
+constexpr long kBackgroundPauseUs = 200;                    // and of one that nobody waits for yet
 
 // Two busy threads a rank: the caller and the driver.
 bool is_crowded(const GroupConfig& config) {
@@ -80,6 +81,8 @@ Group::Group(const GroupConfig& config)
   liveness_ = std::make_unique<transport::Liveness>(
       transport::LivenessConfig{rank, config_.listen_host, config_.job_key, config_.heartbeat_timeout_s});
   if (topology.num_nodes() > 1) make_rails();
+  long pause_us = driver_ && crowded_ ? kBackgroundPauseUs : kMatesPauseUs;
+  background_ = std::make_unique<Background>(doorbell_, pause_us, [this] { return step_background(); });
 }
 
 void Group::make_rails() {
@@ -113,8 +116,10 @@ void Group::make_rails() {
 }
 
 Group::~Group() {
+  background_->stop();
   if (driver_) driver_->stop();
   dispatch_.reset();
+  drop_started();
   driver_.reset();
   rails_.clear();  // before the region that they registered
   liveness_.reset();
@@ -268,6 +273,7 @@ void Group::check_open(std::optional<Phase> entering) {
                     : liveness_->failure());
   }
   if (failed_.load()) {
+    drop_started();  // the memory that they use goes with whoever catches this
     std::lock_guard lock(failure_mutex_);
     failure_raised_ = true;
     throw StatusError(failure_);
@@ -323,6 +329,21 @@ kernels::CallContext Group::context() {
           &doorbell_};
 }
 
+template <typename Call>
+bool Group::step_call(Call& call, Phase phase) {
+  std::lock_guard lock(calls_mutex_);
+  bool moved = step_started();
+  // What was started earlier goes first.
+  return (moving_[static_cast<int>(phase)].empty() && call.step()) || moved;
+}
+
+template <typename Call>
+kernels::Waiting Group::waiting_for(const Call& call, Phase phase) {
+  std::lock_guard lock(calls_mutex_);
+  const auto& before = moving_[static_cast<int>(phase)];
+  return before.empty() ? call.waiting() : before.front()->waiting();
+}
+
 template <typename Call, typename Until>
 void Group::run(Call& call, Phase phase, const Until& until) {
   constexpr double kCheckEveryS = 0.02;  // between two looks at anything that is not this call
@@ -332,23 +353,25 @@ void Group::run(Call& call, Phase phase, const Until& until) {
   // Mates and the driver ring; where the driver has no core of its own, nobody rings for what only the rails know.
   Backoff backoff(doorbell_, crowded_, driver_ && crowded_ ? kRailsPauseUs : kMatesPauseUs);
   if (driver_) driver_->enter();
+  stand_in(true);
   struct Leave {
-    Driver* driver;
+    Group& group;
     ~Leave() {
-      if (driver != nullptr) driver->leave();
+      if (group.driver_) group.driver_->leave();
+      group.stand_in(false);
     }
-  } leave{driver_.get()};
+  } leave{*this};
   try {
     while (!until()) {
       backoff.before_look();
-      bool moved = call.step();
+      bool moved = step_call(call, phase);
       if (driver_) moved |= driver_->try_step();
       if (moved) {
         backoff.reset();
         continue;
       }
       if (backoff.turns() == 0) last_moved = monotonic_s();
-      if (liveness_->failed() && !failed_.load()) fail(peer_failure(phase, epoch, call.waiting()));
+      if (liveness_->failed() && !failed_.load()) fail(peer_failure(phase, epoch, waiting_for(call, phase)));
       if (failed_.load()) check_open();
       if (!backoff.pause()) continue;
       double now = monotonic_s();
@@ -356,7 +379,9 @@ void Group::run(Call& call, Phase phase, const Until& until) {
       last_check = now;
       if (interrupt_check_) interrupt_check_();
       if (liveness_->any_goodbye()) check_departures(phase, epoch);
-      if (now - last_moved > kPatienceS) check_patience(phase, epoch, call.waiting(), now - last_moved, &warned);
+      if (now - last_moved > kPatienceS) {
+        check_patience(phase, epoch, waiting_for(call, phase), now - last_moved, &warned);
+      }
     }
   } catch (const StatusError& error) {
     if (!failed_.load()) fail(error.status());
@@ -367,6 +392,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
             "rank " + std::to_string(config_.topology.rank) + " was interrupted in " + proto::phase_name(phase) +
                 " epoch " + std::to_string(epoch)});
     failure_raised_ = true;  // in the shape of the interrupt
+    drop_started();
     throw;
   }
 }
@@ -382,10 +408,15 @@ std::uint64_t Group::floor_bytes(Phase phase, const kernels::Plan& plan, proto::
   return rows * proto::dense_row_bytes(config_.hidden_size, dtype);
 }
 
-std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& request) {
+void Group::count(Phase phase, const kernels::Plan& plan, proto::DType wire) {
+  PhaseStats& stats = phase_stats_[static_cast<int>(phase)];
+  ++stats.calls;
+  stats.wire_floor_bytes += floor_bytes(phase, plan, wire);
+}
+
+Group::Prepared Group::prepare_dispatch(const DispatchRequest& request) {
   check_open(Phase::kDispatch);
-  MOE_EFA_CHECK(!dispatch_, "dispatch_begin() while a dispatch is in progress");
-  double begin = monotonic_s();
+  MOE_EFA_CHECK(!dispatch_, "a dispatch while dispatch_begin() waits for its dispatch_finish()");
   proto::DType wire = resolve_dtype(request.gradient ? config_.grad_wire_dtype : config_.wire_dtype, request.dtype);
   if (request.fp8_output && wire != proto::DType::kFp8) {
     throw StatusError(
@@ -399,15 +430,25 @@ std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& requ
         {request.topk_idx, request.topk_weights, request.num_tokens, request.expert_alignment, context().num_nics},
         view_);
   }
+  return {plan, wire, request.fp8_output ? proto::DType::kFp8 : request.dtype};
+}
+
+std::shared_ptr<kernels::Plan> Group::dispatch_begin(const DispatchRequest& request) {
+  double begin = monotonic_s();
+  Prepared prepared = prepare_dispatch(request);
   dispatch_request_ = request;
-  dispatch_plan_ = plan;
-  dispatch_wire_ = wire;
-  dispatch_out_ = request.fp8_output ? proto::DType::kFp8 : request.dtype;
-  dispatch_.emplace(context(), kernels::DispatchArgs{request.x, request.dtype, dispatch_wire_, dispatch_out_, plan});
+  dispatch_plan_ = prepared.plan;
+  dispatch_wire_ = prepared.wire;
+  dispatch_out_ = prepared.out;
+  {
+    std::lock_guard lock(calls_mutex_);
+    dispatch_.emplace(context(),
+                      kernels::DispatchArgs{request.x, request.dtype, dispatch_wire_, dispatch_out_, dispatch_plan_});
+  }
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->sizes_known(); });
   liveness_->set_away(true);  // until the caller has memory for the rows
   phase_stats_[0].seconds += monotonic_s() - begin;
-  return plan;
+  return dispatch_plan_;
 }
 
 void Group::dispatch_finish(const kernels::DispatchOutput& output) {
@@ -424,30 +465,141 @@ void Group::dispatch_finish(const kernels::DispatchOutput& output) {
   dispatch_->set_output(to);
   run(*dispatch_, Phase::kDispatch, [&] { return dispatch_->done(); });
   dispatch_.reset();
-  PhaseStats& stats = phase_stats_[0];
-  ++stats.calls;
-  stats.wire_floor_bytes += floor_bytes(Phase::kDispatch, *dispatch_plan_, dispatch_wire_);
-  stats.seconds += monotonic_s() - begin;
+  count(Phase::kDispatch, *dispatch_plan_, dispatch_wire_);
+  phase_stats_[0].seconds += monotonic_s() - begin;
   dispatch_plan_.reset();
   dispatch_request_ = {};
 }
 
-void Group::combine(const CombineRequest& request) {
+kernels::CombineArgs Group::prepare_combine(const CombineRequest& request) {
   check_open(Phase::kCombine);
-  MOE_EFA_CHECK(!dispatch_, "combine() inside a dispatch");
-  MOE_EFA_CHECK(request.plan && request.plan->complete, "combine() needs the plan of a finished dispatch");
-  double begin = monotonic_s();
+  MOE_EFA_CHECK(!dispatch_, "a combine inside a dispatch");
+  MOE_EFA_CHECK(request.plan && request.plan->complete, "a combine needs the plan of a finished dispatch");
   proto::DType wire =
       resolve_dtype(request.gradient ? config_.grad_combine_dtype : config_.combine_dtype, request.dtype);
   prefer_huge_pages(request.out,
                     std::uint64_t{request.plan->num_tokens} * config_.hidden_size * proto::dtype_bytes(request.dtype));
-  kernels::cpu::CombineCall call(context(), {request.y, request.dtype, wire, request.plan, request.weights,
-                                             request.weight_grads, request.out, request.topk_weight_grads});
-  run(call, Phase::kCombine, [&] { return call.done(); });
-  PhaseStats& stats = phase_stats_[1];
-  ++stats.calls;
-  stats.wire_floor_bytes += floor_bytes(Phase::kCombine, *request.plan, wire);
-  stats.seconds += monotonic_s() - begin;
+  return {request.y,       request.dtype,        wire,        request.plan,
+          request.weights, request.weight_grads, request.out, request.topk_weight_grads};
+}
+
+void Group::combine(const CombineRequest& request) {
+  double begin = monotonic_s();
+  kernels::CombineArgs args = prepare_combine(request);
+  std::optional<kernels::cpu::CombineCall> call;
+  {
+    std::lock_guard lock(calls_mutex_);
+    call.emplace(context(), args);
+  }
+  run(*call, Phase::kCombine, [&] { return call->done(); });
+  count(Phase::kCombine, *request.plan, args.wire_dtype);
+  phase_stats_[1].seconds += monotonic_s() - begin;
+}
+
+// --- calls in two halves
+
+std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool) {
+  double begin = monotonic_s();
+  Prepared prepared = prepare_dispatch(request);
+  std::uint64_t ticket;
+  {
+    std::lock_guard lock(calls_mutex_);
+    ticket = start_call(std::make_shared<StartedDispatch>(
+        context(), kernels::DispatchArgs{request.x, request.dtype, prepared.wire, prepared.out, prepared.plan},
+        std::move(pool), cache_share_bytes_));
+  }
+  phase_stats_[0].seconds += monotonic_s() - begin;
+  return ticket;
+}
+
+std::uint64_t Group::combine_start(const CombineRequest& request) {
+  double begin = monotonic_s();
+  kernels::CombineArgs args = prepare_combine(request);
+  std::uint64_t ticket;
+  {
+    std::lock_guard lock(calls_mutex_);
+    ticket = start_call(std::make_shared<StartedCombine>(context(), args));
+  }
+  phase_stats_[1].seconds += monotonic_s() - begin;
+  return ticket;
+}
+
+std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
+  moving_[static_cast<int>(call->phase())].push_back(call);
+  pending_.emplace(next_ticket_, std::move(call));
+  settle_background();
+  return next_ticket_++;
+}
+
+DispatchBuffers Group::finish(std::uint64_t ticket) {
+  double begin = monotonic_s();
+  auto found = pending_.find(ticket);
+  if (found == pending_.end()) check_open();
+  MOE_EFA_CHECK(found != pending_.end(), "no call with ticket " << ticket << " is pending");
+  std::shared_ptr<StartedCall> call = found->second;
+  pending_.erase(found);
+  check_open(call->phase());
+  MOE_EFA_CHECK(!dispatch_, "finish() inside a dispatch");
+  // Stepped with the others, in its turn.
+  struct InTurn {
+    const StartedCall& call;
+    bool step() { return false; }
+    kernels::Waiting waiting() const { return {}; }
+    std::uint64_t epoch() const { return call.epoch(); }
+  } in_turn{*call};
+  run(in_turn, call->phase(), [&] { return call->done(); });
+  count(call->phase(), call->plan(), call->wire_dtype());
+  phase_stats_[static_cast<int>(call->phase())].seconds += monotonic_s() - begin;
+  if (call->phase() == Phase::kCombine) return {};
+  return static_cast<StartedDispatch&>(*call).take_results();
+}
+
+bool Group::step_started() {
+  bool moved = false;
+  for (auto& calls : moving_) {
+    if (calls.empty()) continue;
+    moved |= calls.front()->step();
+    if (calls.front()->done()) calls.pop_front();
+  }
+  return moved;
+}
+
+bool Group::step_background() {
+  bool moved = false;
+  try {
+    std::lock_guard lock(calls_mutex_);
+    if (!in_background_) return false;
+    if (!failed_.load() && !liveness_->failed()) moved = step_started();
+  } catch (const StatusError& error) {
+    record(error.status());
+  } catch (const std::exception& error) {
+    record({StatusCode::kInternal, -1, -1, -1, -1, std::string("in the background: ") + error.what()});
+  }
+  if (driver_) moved |= driver_->try_step();
+  std::lock_guard lock(calls_mutex_);
+  settle_background();
+  return moved;
+}
+
+// A caller who waits does all there is to do.
+void Group::stand_in(bool caller_waits) {
+  std::lock_guard lock(calls_mutex_);
+  caller_waits_ = caller_waits;
+  settle_background();
+}
+
+void Group::settle_background() {
+  bool anything = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
+  bool go_on = anything && !caller_waits_ && !failed_.load() && !liveness_->failed();
+  if (go_on == in_background_) return;
+  in_background_ = go_on;
+  if (driver_) go_on ? driver_->enter() : driver_->leave();
+  background_->want(go_on);
+}
+
+void Group::drop_started() {
+  std::lock_guard lock(calls_mutex_);
+  for (auto& calls : moving_) calls.clear();
 }
 
 // --- the end
@@ -470,6 +622,8 @@ void Group::close(bool collective, double timeout_s) {
   try {
     if (started_ && dispatch_) {
       abort("closed in the middle of a dispatch");
+    } else if (started_ && !pending_.empty()) {
+      abort("closed with " + std::to_string(pending_.size()) + " started calls that were not finished");
     } else if (started_ && !broken()) {
       double begin = monotonic_s();
       // What this rank owes is written and credited before it leaves (I13).
@@ -485,7 +639,10 @@ void Group::close(bool collective, double timeout_s) {
     failure = error.status();
   }
   closed_ = true;
+  background_->stop();
   dispatch_.reset();
+  drop_started();
+  pending_.clear();
   if (driver_) driver_->stop();
   if (!failure.ok()) throw StatusError(failure);
 }

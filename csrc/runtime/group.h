@@ -1,10 +1,13 @@
 // Group: one rank's native object. It owns the region, the rails, the engine, the driver thread and the failure
-// detector, and runs one call at a time. It knows no tensors: pointers, sizes and plans.
+// detector, and runs one call at a time; others may have been started, and go on beside it and without it. It knows no
+// tensors: pointers, sizes and plans.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -19,9 +22,12 @@
 #include "kernels/launch.h"
 #include "proto/region.h"
 #include "runtime/address.h"
+#include "runtime/background.h"
 #include "runtime/config.h"
 #include "runtime/driver.h"
 #include "runtime/futex_doorbell.h"
+#include "runtime/host_pool.h"
+#include "runtime/started_call.h"
 #include "runtime/thread_pool.h"
 #include "transport/liveness.h"
 #include "transport/pump.h"
@@ -96,6 +102,13 @@ class Group {
   void dispatch_finish(const kernels::DispatchOutput& output);
   void combine(const CombineRequest& request);
 
+  // The same in two halves: the first returns a ticket at once, finish() waits for the rest. In between the call goes
+  // on in the background; what it reads, and where a combine writes, is left alone. Calls of a phase run one after the
+  // other, in the order of all calls (I14); finish() may come in any order.
+  std::uint64_t dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool);
+  std::uint64_t combine_start(const CombineRequest& request);
+  DispatchBuffers finish(std::uint64_t ticket);  // empty for a combine
+
   // Fails the group on every rank. The blame is on this rank, unless the caller knows better.
   void abort(const std::string& message);
   void abort(const common::Status& status);
@@ -113,8 +126,26 @@ class Group {
   bool peer_left(std::uint32_t rank, bool wait) const;
   void check_departures(proto::Phase phase, std::int64_t epoch);
   void close_together(double timeout_s);
+  struct Prepared {
+    std::shared_ptr<kernels::Plan> plan;
+    proto::DType wire, out;
+  };
+  Prepared prepare_dispatch(const DispatchRequest& request);
+  kernels::CombineArgs prepare_combine(const CombineRequest& request);
+  void count(proto::Phase phase, const kernels::Plan& plan, proto::DType wire);
+  template <typename Call>
+  bool step_call(Call& call, proto::Phase phase);
+  template <typename Call>
+  kernels::Waiting waiting_for(const Call& call, proto::Phase phase);
   template <typename Call, typename Until>
   void run(Call& call, proto::Phase phase, const Until& until);
+  bool step_background();
+  void stand_in(bool caller_waits);
+  void drop_started();
+  // With calls_mutex_ held:
+  std::uint64_t start_call(std::shared_ptr<StartedCall> call);
+  bool step_started();
+  void settle_background();
   void check_patience(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting, double idle_s,
                       bool* warned);
   common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
@@ -147,6 +178,12 @@ class Group {
   DispatchRequest dispatch_request_;
   std::shared_ptr<kernels::Plan> dispatch_plan_;
   proto::DType dispatch_wire_ = proto::DType::kBf16, dispatch_out_ = proto::DType::kBf16;
+  // Counters, kernels and descriptors belong to whoever holds the mutex: the caller or the background.
+  std::mutex calls_mutex_;
+  std::deque<std::shared_ptr<StartedCall>> moving_[proto::kNumPhases];  // not done; the first of a phase is stepped
+  bool caller_waits_ = false, in_background_ = false;
+  std::map<std::uint64_t, std::shared_ptr<StartedCall>> pending_;  // not finished; the caller's alone
+  std::uint64_t next_ticket_ = 0;
   PhaseStats phase_stats_[proto::kNumPhases];
   std::vector<transport::Liveness::Peer> peers_;
   bool connected_ = false, met_ = false, started_ = false, closed_ = false;
@@ -154,6 +191,7 @@ class Group {
   mutable std::mutex failure_mutex_;
   common::Status failure_;
   bool failure_raised_ = false;
+  std::unique_ptr<Background> background_;
 };
 
 }  // namespace moe_efa::runtime

@@ -1,6 +1,7 @@
 #include "runtime/host_pool.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <new>
@@ -11,6 +12,9 @@
 namespace moe_efa::runtime {
 
 namespace {
+
+constexpr std::size_t kLeastPooled = 1 << 20;
+constexpr std::align_val_t kHeapAlign{64};
 
 // The number of rows differs a little from round to round: sizes in steps of an eighth meet again.
 std::size_t rounded(std::size_t bytes) {
@@ -71,6 +75,23 @@ void HostPool::trim_locked(std::size_t max_idle_bytes) {
 std::size_t HostPool::idle_bytes() const {
   std::lock_guard lock(mutex_);
   return idle_bytes_;
+}
+
+HostBuffer::HostBuffer(std::shared_ptr<HostPool> pool, std::size_t bytes) : bytes_(bytes) {
+  if (bytes < kLeastPooled) {
+    block_ = {::operator new(std::max<std::size_t>(bytes, 1), kHeapAlign), bytes};
+  } else {
+    block_ = pool->take(bytes);
+    pool_ = std::move(pool);
+  }
+}
+
+HostBuffer::~HostBuffer() {
+  if (!pool_) {
+    ::operator delete(block_.data, kHeapAlign);
+  } else if (getpid() == pid_) {  // a child of fork() leaves the pool alone: its lock may be held for ever
+    pool_->give_back(block_);
+  }
 }
 
 }  // namespace moe_efa::runtime

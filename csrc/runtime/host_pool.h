@@ -2,9 +2,12 @@
 // page for every page; memory that was touched before costs neither. Thread-safe; knows no tensors.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <list>
+#include <memory>
 #include <mutex>
 
 namespace moe_efa::runtime {
@@ -35,6 +38,24 @@ class HostPool {
   mutable std::mutex mutex_;
   std::size_t idle_bytes_ = 0;
   std::list<Block> idle_;  // a few; the last used first
+};
+
+// A block that goes back to its pool with its owner. Small ones come from the heap, which reuses them anyway.
+class HostBuffer {
+ public:
+  HostBuffer(std::shared_ptr<HostPool> pool, std::size_t bytes);
+  ~HostBuffer();
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  void* data() const { return block_.data; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<HostPool> pool_;  // null: from the heap
+  std::size_t bytes_;
+  pid_t pid_ = getpid();
+  HostPool::Block block_;
 };
 
 }  // namespace moe_efa::runtime
