@@ -176,7 +176,8 @@ def test_bytes_are_spread_evenly_over_the_nics(outcomes: list[dict[str, Any]], c
         if case.reorder:  # rails refuse writes for a while, and the others take them
             assert min(spent) > sum(spent) / case.num_nics / 3
         else:
-            assert max(spent) - min(spent) <= slot  # one rail peer
+            # The next chunk goes to the NIC with the least in flight, so a NIC that is slower for a while gets less.
+            assert max(spent) - min(spent) <= 2 * slot + sum(spent) / case.num_nics / 10
 
 
 # What goes wrong

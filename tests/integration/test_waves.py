@@ -368,7 +368,9 @@ def test_calls_under_way_when_a_rank_fails(setting, what):
         assert texts[culprit] == "closed"
         assert all("started calls that were not finished" in text for text in texts[:-1]), texts
     elif what == "all ranks close":
-        assert texts == ["closed"] * setting.num_ranks
+        # Whoever is first fails the group; the others close, or hear of it before they do.
+        assert "closed" in texts
+        assert all(text == "closed" or "started calls that were not finished" in text for text in texts), texts
     elif what == "the experts fail":
         assert all("left the group after ArithmeticError" in text for text in texts[:-1]), texts
     else:

@@ -45,8 +45,8 @@ def test_getters_have_defaults(monkeypatch, name, unset):
         monkeypatch.delenv(name, raising=False)
     else:
         monkeypatch.setenv(name, "")
-    default = max(1, len(os.sched_getaffinity(0))) if name == "MOE_EFA_NUM_THREADS" else None
-    assert GETTERS[name]() == default
+    defaults = {"MOE_EFA_NUM_THREADS": max(1, len(os.sched_getaffinity(0))), "MOE_EFA_OUTPUT_CACHE_BYTES": 512 << 20}
+    assert GETTERS[name]() == defaults.get(name)
 
 
 def test_threads_are_shared_by_the_ranks_of_a_host(monkeypatch):
