@@ -25,7 +25,11 @@ def main() -> None:
     defaults = TrainConfig()
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--data", type=Path, help="folder of text; default: the sources of Python's standard library")
-    parser.add_argument("--wire-dtype", default=defaults.wire_dtype, help="what crosses between ranks: fp32, bf16 or fp8 (rows only: results then cross in bf16)")
+    parser.add_argument(
+        "--wire-dtype",
+        default=defaults.wire_dtype,
+        help="what crosses between ranks: fp32, bf16 or fp8 (rows only: results then cross in bf16)",
+    )
     parser.add_argument("--node-size", type=int, help="ranks per node; default: found from the hosts")
     parser.add_argument("--compare-one-rank", action="store_true", help="train on one rank too, and compare")
     parser.add_argument(
