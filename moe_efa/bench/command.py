@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +65,9 @@ class _Runner:
             return config_from(
                 self._options, ranks=self._launch.num_ranks, node_size=self._options.node_size, **changes
             )
-        ranks = ranks or (BenchConfig.ranks if self._options.ranks is None else self._options.ranks)
-        node_size = self._options.node_size or two_nodes(ranks)
+        if ranks is None:
+            ranks = BenchConfig.ranks if self._options.ranks is None else self._options.ranks
+        node_size = two_nodes(ranks) if self._options.node_size is None else self._options.node_size
         config = config_from(self._options, ranks=ranks, node_size=node_size, **changes)
         check_transport(config)
         check_memory(config, ranks_on_host=ranks, node_size=node_size)
@@ -83,6 +88,7 @@ class _Runner:
             [self.config(ranks, **changes) for changes in shapes]
             for ranks, shapes in sweep.grid(self._options, launched)
         ]
+        self._say_how_long(groups)
         status, found = 0, []
         for configs in groups:
             status, results = self._collect(measure_all, configs, configs[0].ranks)
@@ -98,6 +104,17 @@ class _Runner:
             return run_on_ranks(job, argument, ranks=ranks)
         found: list[dict[str, Any]] = []
         return join_ranks(self._launch.rank, ranks, self._launch.init_method, job, argument, found.append), found
+
+    def _say_how_long(self, groups: list[list[BenchConfig]]) -> None:
+        if self._launch is None or self._launch.rank == 0:
+            cores = len(os.sched_getaffinity(0))
+            minutes = math.ceil(sweep.estimate_s(groups, cores=cores) / 60)
+            shapes = sum(map(len, groups))
+            print(
+                f"{shapes} shapes: about {minutes} min on {cores} core(s) that do nothing else",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _report(self, text: str, result: dict[str, Any], found: list[dict[str, Any]]) -> None:
         report(text, result, self._options.json)
@@ -125,12 +142,25 @@ def check_transport(config: BenchConfig) -> None:
 def _check_files(options: argparse.Namespace) -> None:
     """Raise ConfigError if what is to be written at the end could not be."""
     for option, target in (("json", options.json), ("plot", options.plot)):
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise ConfigError(f"--{option}: there is no folder {Path(target).absolute().parent}")
-    if options.plot:
+        if target not in (None, "-"):
+            _check_file(option, Path(target).absolute())
+    if options.plot is not None:
         if options.engine or options.idle:
             raise ConfigError("--plot draws times of dispatch and combine: not together with --engine or --idle")
         plot.check_available(options.plot)
     for name in ("sweep_tokens", "sweep_hidden", "sweep_ranks"):
         if getattr(options, name) and not options.sweep:
             raise ConfigError(f"--{name.replace('_', '-')} needs --sweep")
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Raise ConfigError if this file could not be written; it is left as it is."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{option}: there is no folder {path.parent}")
+    try:
+        if path.is_file() or path.is_dir():
+            path.open("ab").close()
+        elif not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"--{option}: {path} cannot be written: {error.strerror}") from None

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from moe_efa import env
 from moe_efa._version import __version__
 from moe_efa.bench.check import check_baselines, check_full, check_small, raise_together, sums_agree
-from moe_efa.bench.copy_floor import CopyFloor, RowCounts, count_rows
+from moe_efa.bench.copy_floor import CopyFloor, RowCounts, count_rows, row_widths
 from moe_efa.bench.exchange import Exchange, MoeEfaExchange
 from moe_efa.bench.inputs import make_inputs
 from moe_efa.bench.lean import LeanExchange, torch_all_to_all
 from moe_efa.bench.memory import check_memory
 from moe_efa.bench.mpi_job import MpiError, MpiJob, MpiNetwork
-from moe_efa.bench.options import DTYPES, BenchConfig
+from moe_efa.bench.options import BenchConfig
 from moe_efa.bench.progress import Progress
 from moe_efa.bench.routing import Imbalance
 from moe_efa.bench.timing import PHASES, Timer, Timing, gather, phases_of, timed_round
@@ -138,7 +138,7 @@ def _measure(config: BenchConfig, group: dist.ProcessGroup, host: Host, what: st
             del sums
         ours = MoeEfaExchange(ep)
         rows = count_rows(selections, rank=rank, node_size=node_size, num_experts=config.experts)
-        copies = CopyFloor(rows, config.hidden, DTYPES[config.dtype]) if config.baseline else None
+        copies = CopyFloor(rows, row_widths(config)) if config.baseline else None
 
         def whole_round() -> None:
             # In turn, so that whatever else the host does meets all of them alike.
@@ -226,7 +226,7 @@ def _measure(config: BenchConfig, group: dist.ProcessGroup, host: Host, what: st
         if floor is None
         else {
             **floor.as_us(),
-            "bytes_per_rank": max(row.total for row in all_rows) * config.row_bytes,
+            "bytes_per_rank": max(row.bytes_of(row_widths(config)) for row in all_rows),
             "rows": {name: max(row._asdict()[name] for row in all_rows) for name in RowCounts._fields},
         },
         "ratios": {

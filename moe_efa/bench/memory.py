@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_efa.bench.copy_floor import most_rows, row_widths
 from moe_efa.bench.options import DTYPES, BenchConfig
 from moe_efa.errors import ConfigError
 from moe_efa.plan import plan_memory
@@ -41,7 +42,7 @@ def estimate(config: BenchConfig, *, ranks_on_host: int, node_size: int) -> Esti
         # torch per-expert: the caller's rows, three copies of them on the way back, two in fp32.
         work = max(work, (4 + 2 * fp32) * rows)
         kept += rows + 4 * sent  # torch lean
-        kept += 2 * (rows + (2 * config.ranks // node_size + 2) * token_bytes)  # the copy floor
+        kept += 2 * most_rows(config, node_size=node_size).bytes_of(row_widths(config))  # the copy floor
     if config.mpi:
         fixed += _MPI_PROCESS_BYTES
         kept += 2 * rows + 5 * sent

@@ -36,7 +36,7 @@ class BenchConfig:
         dtype: "bf16" or "fp32".
         routing: which experts the tokens select; moe_efa and every baseline get the same.
         iters, warmup: timed and untimed rounds.
-        seed: of tokens and routing.
+        seed: of tokens and routing, 0 to 2 ** 32 - 1.
         baseline: measure torch.distributed (gloo) and the memory-copy floor too.
         mpi: measure the MPI_Alltoallv version too, in ranks of its own that mpirun starts on this host.
         mpi_args: more arguments for mpirun.
@@ -68,6 +68,8 @@ class BenchConfig:
                 raise ConfigError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.warmup < 0:
             raise ConfigError(f"--warmup must not be negative: {self.warmup}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.mpi and not self.baseline:
             raise ConfigError("--mpi is a baseline and checked against the others: not together with --no-baseline")
         self.expert_parallel().check_num_ranks(self.ranks)
@@ -170,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind: Callable[[str], float | int] = convert
         routing.add_argument(f"--{name}", type=kind, metavar="N", help=meaning + shown)
     timing = parser.add_argument_group("measurement")
-    timing.add_argument("--iters", type=int, metavar="N", help=f"(default {default.iters}; --sweep: 5)")
+    timing.add_argument("--iters", type=int, metavar="N", help=f"(default {default.iters}; --sweep: 5, large shapes 3)")
     timing.add_argument("--warmup", type=int, metavar="N", help=f"(default {default.warmup}; --sweep: 1)")
     timing.add_argument("--seed", type=int, metavar="N", help=f"(default {default.seed})")
     timing.add_argument("--no-baseline", action="store_true", help="skip torch.distributed and the copy floor")

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_efa._version import __version__
-from moe_efa.bench.options import SWEEP, SWEEP_RANKS
+from moe_efa.bench.options import SWEEP, SWEEP_RANKS, BenchConfig
 from moe_efa.bench.report import duration, mpi_facts
 from moe_efa.errors import ConfigError
 
 _ITERS, _WARMUP = 5, 1
+# Above this many elements per rank a round takes so long that a median of three tells as much per minute.
+_FEW_ITERS, _FEW_ABOVE = 3, 1 << 22
+# Core-seconds of one iteration per received bf16 element (rank, token, selection): every party in all of its rounds.
+# From single shapes on two cores; for an estimate of the duration and nothing else.
+_COST = {"moe_efa": 5e-9, "baselines": 9e-8, "mpi": 7e-9}
+_CHECK_ITERS = 1  # what the checks of a shape take, in iterations
+_SHAPE_S, _START_S = 3.0, 10.0  # groups and small checks of a shape; processes of a number of ranks
 _SHORT = {"torch_per_expert": "per-expert", "torch_lean": "lean", "mpi": "MPI", "copy_floor": "floor"}
 _REFERENCE_RANKS = 4  # what more ranks are compared with, per byte
 
@@ -43,7 +51,7 @@ def grid(options: argparse.Namespace, launched: int | None) -> list[tuple[int, l
     for name in ("tokens", "hidden"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name} is one shape: with --sweep, give --sweep-{name}")
-    ranks = options.sweep_ranks or ((options.ranks,) if options.ranks else SWEEP_RANKS)
+    ranks = options.sweep_ranks or (SWEEP_RANKS if options.ranks is None else (options.ranks,))
     if launched is not None:
         if options.sweep_ranks not in (None, (launched,)):
             raise ConfigError(f"--sweep-ranks: the launcher started {launched} ranks")
@@ -56,13 +64,35 @@ def grid(options: argparse.Namespace, launched: int | None) -> list[tuple[int, l
         {
             "hidden": hidden,
             "tokens": tokens,
-            "iters": options.iters or _ITERS,
+            "iters": iterations(hidden, tokens) if options.iters is None else options.iters,
             "warmup": _WARMUP if options.warmup is None else options.warmup,
         }
         for hidden, of_hidden in shapes
         for tokens in of_hidden
     ]
     return [(num_ranks, points) for num_ranks in ranks]
+
+
+def iterations(hidden: int, tokens: int) -> int:
+    """Timed rounds of a shape where the options do not say: five, three where a rank has more than 4 Mi elements.
+
+    >>> iterations(2048, 2048), iterations(2048, 4096)
+    (5, 3)
+    """
+    return _FEW_ITERS if hidden * tokens > _FEW_ABOVE else _ITERS
+
+
+def estimate_s(groups: Sequence[Sequence[BenchConfig]], *, cores: int) -> float:
+    """Seconds that a sweep takes, about, on cores that do nothing else; a list of shapes per number of ranks."""
+    seconds = 0.0
+    for configs in groups:
+        seconds += _START_S
+        for config in configs:
+            cost = _COST["moe_efa"] + config.baseline * _COST["baselines"] + config.mpi * _COST["mpi"]
+            elements = config.ranks * config.tokens * config.topk * config.row_bytes / 2
+            rounds = config.warmup + config.iters + _CHECK_ITERS
+            seconds += _SHAPE_S + cost * elements * rounds / min(cores, config.ranks)
+    return seconds
 
 
 def lowest(found: list[dict[str, Any]], bar: Bar) -> tuple[float, dict[str, Any]] | None:
@@ -112,8 +142,9 @@ def format_sweep(found: list[dict[str, Any]]) -> str:
     c = found[0]["conditions"]
     columns = [name for name in ("torch_per_expert", "torch_lean", "mpi") if any(name in r["baselines"] for r in found)]
     with_floor = any(result["copy_floor"] for result in found)
+    rounds = " or ".join(str(n) for n in sorted({result["conditions"]["iterations"] for result in found}))
     lines = [
-        f"moe_efa {__version__}: dispatch and combine together, p50 of {c['iterations']}, slowest rank",
+        f"moe_efa {__version__}: dispatch and combine together, p50 of {rounds} rounds, slowest rank",
         f"  K={c['topk']}, E={c['experts']}, {c['dtype']}, routing {c['routing']}, seed {c['seed']}",
         f"  {c['cores']} cores; between nodes: {c['transport']}",
     ]

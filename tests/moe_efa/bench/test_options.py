@@ -7,6 +7,7 @@ import pytest
 
 from moe_efa import ConfigError
 from moe_efa.bench import PRESETS, BenchConfig, add_arguments, command, main, memory, plot, sweep
+from moe_efa.bench.inputs import make_inputs
 from moe_efa.bench.options import SWEEP, config_from
 
 
@@ -57,6 +58,18 @@ def test_routing_parameters_are_read():
         ("--idle --plot picture.png", "not together"),
         ("--sweep-tokens 64", "needs --sweep"),
         ("--sweep --tokens 64", "--sweep-tokens"),
+        ("--node-size 0", "node_size"),
+        ("--sweep --node-size 0", "node_size"),
+        ("--sweep --iters 0", "--iters must be at least 1"),
+        ("--ranks 0", "--ranks must be at least 1"),
+        ("--sweep --ranks 0", "--ranks must be at least 1"),
+        ("--seed 18446744073709551616", "--seed must be from 0"),
+        ("--seed -1", "--seed must be from 0"),
+        ("--json .", "cannot be written"),
+        ("--json ''", "cannot be written"),
+        ("--json /proc/result.json", "cannot be written"),
+        ("--plot /proc/result.png", "cannot be written"),
+        ("--plot ''", "cannot be written"),
         ("--sweep --sweep-ranks 3", "num_experts=32"),
         ("--tokens 60000000", "GiB are available"),
     ],
@@ -65,6 +78,20 @@ def test_what_cannot_work_is_one_line_before_any_rank_starts(arguments, word, mo
     monkeypatch.setattr(command, "run_on_ranks", None)
     assert main(shlex.split(f"--transport shm {arguments}")) == 1
     assert word in capsys.readouterr().err
+
+
+def test_looking_at_a_file_to_write_leaves_it_as_it_was(tmp_path):
+    there, absent = tmp_path / "there.json", tmp_path / "absent.json"
+    there.write_text("old")
+    for target in (there, absent):
+        command._check_files(parse(f"--json {target}"))
+    assert there.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [there]
+
+
+def test_the_largest_seed_makes_inputs():
+    inputs = make_inputs(config(f"--seed {2**32 - 1} --tokens 2 --routing zipf"), 3, node_size=2)
+    assert inputs.x.isfinite().all()
 
 
 def test_without_matplotlib_a_picture_is_refused_at_once(monkeypatch, capsys):
@@ -95,7 +122,21 @@ def test_a_sweep_has_every_shape_on_every_number_of_ranks():
     assert [ranks for ranks, _ in found] == [2, 4]
     assert all([(point["hidden"], point["tokens"]) for point in points] == shapes for _, points in found)
     assert found[0][1][0] == {"hidden": 2048, "tokens": 256, "iters": 5, "warmup": 0}
+    iters = [point["iters"] for point in found[0][1]]
+    assert iters == [5, 5, 5, 5, 3, 5, 5, 3, 3]
+    assert {point["iters"] for point in sweep.grid(parse("--sweep --iters 7"), None)[0][1]} == {7}
     found = sweep.grid(parse("--sweep --sweep-ranks 4,8,16 --sweep-hidden 7168 --sweep-tokens 64"), None)
     assert [(ranks, len(points)) for ranks, points in found] == [(4, 1), (8, 1), (16, 1)]
     with pytest.raises(ConfigError, match="launcher"):
         sweep.grid(parse("--sweep --sweep-ranks 2,4"), 8)
+
+
+def test_the_whole_sweep_fits_into_twelve_minutes_of_two_cores():
+    options = parse("--sweep --mpi")
+    groups = [
+        [config_from(options, ranks=ranks, node_size=ranks // 2, **point) for point in points]
+        for ranks, points in sweep.grid(options, None)
+    ]
+    whole = sweep.estimate_s(groups, cores=2)
+    assert 120 < whole < 720
+    assert sweep.estimate_s(groups[:1], cores=2) < whole < sweep.estimate_s(groups, cores=1)
