@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -316,6 +316,20 @@ class ExpertParallel:
             self._closed = True
             self._native.abort(f"rank {self.rank} left the group after {type(error).__name__}: {error}")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
+        """Another object of the same native group, to be closed by itself. Every rank copies, or none does."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        if not self._closed:
+            self._native.retain()
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ExpertParallel cannot be pickled, nor a module that holds one: its connections belong to this process. "
+            "Save module.state_dict(), build the module anew and load it"
+        )
+
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
         return f"ExpertParallel(rank {self.rank} of {self.num_ranks}, node_size {self.node_size}{state})"
@@ -391,6 +405,13 @@ class ExpertParallel:
             raise ValueError(f"handle must be the handle of a DispatchResult, not a {type(handle).__name__}{hint}")
         if handle.group != self._group:
             raise ValueError("the handle belongs to another ExpertParallel (another group or configuration)")
+
+
+def refuse(group: dist.ProcessGroup | None, error: ValueError) -> NoReturn:
+    """Instead of a construction that cannot be: raises on all ranks, so that none waits for this one."""
+    if group is not None:
+        native_group.acquire(group, error if isinstance(error, ConfigError) else ConfigError(str(error)))
+    raise error
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -247,6 +247,12 @@ class NativeGroup:
         with self._call():
             return self._native.info()
 
+    def retain(self) -> None:
+        """Count one more reference, for a copy of somebody who has one."""
+        self._check_process()
+        with _registry_lock:
+            self.references += 1
+
     def release(self) -> None:
         """Drop one reference; the last one closes the native group together with its peers. Collective."""
         self._check_process()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_efa.nn.autocast import autocast_dtype
 from moe_efa.nn.grouped_mm import grouped_mm, grouped_outer
 from moe_efa.nn.initialization import draw_seed, normal_
 
@@ -80,7 +81,8 @@ class SwiGLUExperts(nn.Module):
         """The experts' results, row by row.
 
         Args:
-            rows: [R, H]; parameters of another dtype are cast to that of the rows.
+            rows: [R, H]; parameters of another dtype are cast to that of the rows. Under autocast both are cast to its
+                dtype, as those of a linear layer are, and the results back to that of the rows.
             offsets: [E_local + 1] int32, where each expert's rows begin; ``offsets[-1] == R``.
             weights: [R] fp32 factors of the results, differentiable; None is 1.
 
@@ -98,9 +100,10 @@ class SwiGLUExperts(nn.Module):
             raise ValueError(f"offsets end at {int(offsets[-1])}, but there are {rows.shape[0]} rows")
         if weights is not None and weights.shape != rows.shape[:1]:
             raise ValueError(f"weights must be [{rows.shape[0]}], not {list(weights.shape)}")
-        gate_up_proj, down_proj = self.gate_up_proj.to(rows.dtype), self.down_proj.to(rows.dtype)
-        y, _ = _experts(rows, weights, gate_up_proj, down_proj, offsets, self.recompute)
-        return y
+        dtype = autocast_dtype(rows) or rows.dtype
+        gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
+        y, _ = _experts(rows.to(dtype), weights, gate_up_proj, down_proj, offsets, self.recompute)
+        return y.to(rows.dtype)
 
     def extra_repr(self) -> str:
         """For print(module)."""
@@ -111,7 +114,8 @@ class SwiGLUExperts(nn.Module):
         )
 
 
-# Custom ops, so that torch.compile sees neither the loop over experts nor a shape that depends on the routing.
+# Custom ops, so that torch.compile sees neither the loop over experts nor a shape that depends on the routing. The
+# schema of an op is flat: its functions take every tensor that backward needs as a parameter of its own, in order.
 _OP = "moe_efa::swiglu_experts"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_efa import routing
-from moe_efa.expert_parallel import ExpertParallel
+from moe_efa.config import ExpertParallelConfig
+from moe_efa.expert_parallel import ExpertParallel, refuse
+from moe_efa.nn.compiling import may_store
 from moe_efa.nn.experts import SwiGLUExperts
 from moe_efa.nn.initialization import draw_seed
 from moe_efa.nn.router import Router
@@ -25,6 +28,11 @@ class MoELayer(nn.Module):
     the gradients of all parameters over the group except those of ``layer.experts``, which are sums over the tokens of
     all ranks already. With a loss that is the sum of the ranks' losses nothing is scaled; where the trainer averages
     gradients over R ranks, it divides those of ``layer.experts`` by R.
+
+    ``copy.deepcopy`` shares the native group, and every copy is closed by itself; to save a layer, save its state_dict.
+    Under autocast the experts follow it, the router keeps router_dtype, and what travels and comes back has x's dtype.
+    In a checkpoint inside a compiled function torch allows no stores: topk_idx and tokens_per_expert then stay as they
+    were, and an aux_loss_coef is refused; a compiled function around a layer without one has all of them.
 
     Args:
         group: torch.distributed process group to build an :class:`ExpertParallel` from (collective); None for one rank.
@@ -93,54 +101,73 @@ class MoELayer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if apply_weights not in _PLACEMENTS:
-            raise ValueError(f"apply_weights must be one of {', '.join(_PLACEMENTS)}, not {apply_weights!r}")
         sizes: dict[str, Any] = {
             "num_experts": num_experts,
             "hidden_size": hidden_size,
             "top_k": top_k,
             "max_tokens_per_rank": max_tokens_per_rank,
         }
+        # All that can be wrong with the arguments shows before the group is built, which the other ranks take part in.
+        try:
+            if apply_weights not in _PLACEMENTS:
+                raise ValueError(f"apply_weights must be one of {', '.join(_PLACEMENTS)}, not {apply_weights!r}")
+            for name, value in (("intermediate_size", intermediate_size), ("expert_alignment", expert_alignment)):
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            config = _config(group, expert_parallel, sizes, options)
+            common: dict[str, Any] = {
+                "hidden_size": config.hidden_size,
+                "initializer_range": initializer_range,
+                "seed": draw_seed(seed),
+                "device": device,
+                "dtype": dtype,
+            }
+            router = Router(
+                num_experts=config.num_experts,
+                top_k=config.top_k,
+                score_function=score_function,
+                n_group=n_group,
+                topk_group=topk_group,
+                norm_topk_prob=norm_topk_prob,
+                routed_scaling_factor=routed_scaling_factor,
+                aux_loss_coef=aux_loss_coef,
+                compute_dtype=router_dtype,
+                **common,
+            )
+            shared_size = shared_expert_intermediate_size or num_shared_experts * intermediate_size
+            shared_experts = (
+                SharedExperts(intermediate_size=shared_size, gated=shared_expert_gate, **common)
+                if shared_size
+                else None
+            )
+        except ValueError as error:
+            if expert_parallel is None:
+                refuse(group, error)
+            raise
         self._owns_expert_parallel = expert_parallel is None
-        self.expert_parallel = _expert_parallel(group, expert_parallel, sizes, options)
-        config = self.expert_parallel.config
+        if expert_parallel is None:
+            with torch.device("cpu"):  # a layer may be built on the meta device, the exchange of addresses may not
+                expert_parallel = ExpertParallel(group, **sizes, **options)
+        self.expert_parallel = expert_parallel
+        local = expert_parallel.num_local_experts
         self.apply_weights, self.expert_alignment = apply_weights, expert_alignment
         self.topk_idx = None
-        self.tokens_per_expert = torch.zeros(self.expert_parallel.num_local_experts, dtype=torch.int64, device="cpu")
-
-        seed = draw_seed(seed)
-        common: dict[str, Any] = {
-            "hidden_size": config.hidden_size,
-            "initializer_range": initializer_range,
-            "seed": seed,
-            "device": device,
-            "dtype": dtype,
-        }
-        self.router = Router(
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            score_function=score_function,
-            n_group=n_group,
-            topk_group=topk_group,
-            norm_topk_prob=norm_topk_prob,
-            routed_scaling_factor=routed_scaling_factor,
-            aux_loss_coef=aux_loss_coef,
-            compute_dtype=router_dtype,
-            **common,
-        )
-        local = self.expert_parallel.num_local_experts
-        self.experts = SwiGLUExperts(
-            num_experts=config.num_experts,
-            intermediate_size=intermediate_size,
-            num_local_experts=local,
-            first_expert=self.expert_parallel.rank * local,
-            recompute=recompute,
-            **common,
-        )
-        shared_size = shared_expert_intermediate_size or num_shared_experts * intermediate_size
-        self.shared_experts = (
-            SharedExperts(intermediate_size=shared_size, gated=shared_expert_gate, **common) if shared_size else None
-        )
+        self.tokens_per_expert = torch.zeros(local, dtype=torch.int64, device="cpu")
+        self.router = router
+        try:
+            self.experts = SwiGLUExperts(
+                num_experts=config.num_experts,
+                intermediate_size=intermediate_size,
+                num_local_experts=local,
+                first_expert=expert_parallel.rank * local,
+                recompute=recompute,
+                **common,
+            )
+        except BaseException as error:  # no memory: the others would wait for this rank
+            if self._owns_expert_parallel:
+                expert_parallel.__exit__(type(error), error, None)
+            raise
+        self.shared_experts = shared_experts
 
     @property
     def aux_loss(self) -> Tensor | None:
@@ -162,7 +189,9 @@ class MoELayer(nn.Module):
             topk_idx, topk_weights, _ = self.router(x, topk_idx)
         elif topk_idx is None:
             raise ValueError("topk_weights need topk_idx")
-        self.topk_idx = topk_idx.detach()
+        records = may_store()
+        if records:
+            self.topk_idx = topk_idx.detach()
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         top_k = topk_idx.shape[-1]
         received = self.expert_parallel.dispatch(
@@ -171,12 +200,13 @@ class MoELayer(nn.Module):
             topk_weights.reshape(-1, top_k).contiguous(),
             expert_alignment=self.expert_alignment,
         )
-        self.tokens_per_expert = received.tokens_per_expert
+        if records:
+            self.tokens_per_expert = received.tokens_per_expert
         early = self.apply_weights == "before_down_proj"
         y = self.experts(received.x, received.offsets, received.weights if early else None)
         out = self.expert_parallel.combine(y, received.handle, weighted=not early)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
+            out = out + self.shared_experts(tokens).to(out.dtype)
         return out.reshape(x.shape)
 
     def update_bias(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
@@ -207,24 +237,32 @@ class MoELayer(nn.Module):
         if self._owns_expert_parallel:
             self.expert_parallel.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MoELayer:
+        """A layer with parameters of its own; to be closed by itself if this one built its ExpertParallel."""
+        if not self._owns_expert_parallel:
+            memo.setdefault(id(self.expert_parallel), self.expert_parallel)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return copied
 
-def _expert_parallel(
+
+def _config(
     group: dist.ProcessGroup | None,
     existing: ExpertParallel | None,
     sizes: dict[str, Any],
     options: dict[str, Any],
-) -> ExpertParallel:
-    """The existing one, if the sizes are its own, or a new one."""
+) -> ExpertParallelConfig:
+    """That of the existing one, if the sizes are its own, or of the one to be built."""
     if existing is None:
         missing = [name for name, size in sizes.items() if size is None]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given, or an expert_parallel that has them")
-        with torch.device("cpu"):  # a layer may be built on the meta device, the exchange of addresses may not
-            return ExpertParallel(group, **sizes, **options)
+        return ExpertParallelConfig(**sizes, **options)
     if group is not None or options:
         given = ", ".join((["group"] if group is not None else []) + sorted(options))
         raise ValueError(f"an existing expert_parallel has its own {given}")
     for name, size in sizes.items():
         if size is not None and size != getattr(existing.config, name):
             raise ValueError(f"{name}={size} differs from the expert_parallel's {getattr(existing.config, name)}")
-    return existing
+    return existing.config

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_efa import routing
+from moe_efa.nn.autocast import autocast_dtype
 from moe_efa.nn.initialization import draw_seed, normal_
 from moe_efa.routing import Routing
 
@@ -25,14 +26,16 @@ class Router(nn.Module):
         n_group, topk_group: groups of experts, for "sigmoid".
         norm_topk_prob, routed_scaling_factor: as in the routing functions.
         aux_loss_coef: if not 0, :attr:`aux_loss` is this times :func:`moe_efa.routing.balance_loss`.
-        compute_dtype: the logits are computed in it; None takes the input's dtype, as Mixtral and Qwen do.
+        compute_dtype: the logits are computed in it, under autocast too; None takes the input's dtype, or that of
+            autocast, as Mixtral and Qwen do.
         initializer_range, seed: as in :class:`SwiGLUExperts`.
 
     Attributes:
         weight: [E, H].
         e_score_correction_bias: [E] fp32 whatever dtype the module is cast to; None for "softmax".
-        aux_loss: of the last forward, to be added to the loss; None without a coefficient. Under reentrant activation
-            checkpointing, whose forward has no graph, it has no gradient.
+        aux_loss: of the last forward, to be added to the loss; None without a coefficient and in a copy. Under
+            reentrant activation checkpointing, whose forward has no graph, it has no gradient. A checkpoint inside a
+            compiled function has no way out for it: torch refuses to compile a router with a coefficient there.
     """
 
     aux_loss: Tensor | None
@@ -99,8 +102,7 @@ class Router(nn.Module):
         Returns:
             :class:`moe_efa.routing.Routing`.
         """
-        dtype = self.compute_dtype or x.dtype
-        logits = torch.nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+        logits = self._logits(x)
         pinned = topk_idx is not None
         if self.score_function == "softmax":
             routed = routing.softmax_topk(
@@ -121,9 +123,10 @@ class Router(nn.Module):
                 routed_scaling_factor=self.routed_scaling_factor,
                 topk_idx=topk_idx,
             )
-        self.aux_loss = None
         if self.aux_loss_coef:
             self.aux_loss = self.aux_loss_coef * routing.balance_loss(routed.scores, routed.topk_idx)
+        elif self.aux_loss is not None:  # torch.compile refuses a store inside a checkpoint, even one of None
+            self.aux_loss = None
         if not pinned and self.e_score_correction_bias is not None and routed.topk_weights.requires_grad:
             self._count_in_backward(routed)
         return routed
@@ -131,8 +134,10 @@ class Router(nn.Module):
     def update_bias(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
         """Move the correction bias against the imbalance since the last update, then count anew.
 
-        To be called once per optimizer step, after the backward passes. A forward counts when its backward runs: once
-        however often it is recomputed, in each pass of gradient accumulation, and not in evaluation.
+        To be called once per optimizer step, after the backward passes. A forward counts when a backward runs through
+        its routing weights: once however often it is recomputed, in each pass of gradient accumulation, and not in
+        evaluation. So a second backward through one graph (``retain_graph=True``) counts again, and nothing counts
+        where the weights need no gradient: a frozen router whose input needs none, or a pinned selection.
 
         Args:
             rate: the size of the step.
@@ -153,6 +158,15 @@ class Router(nn.Module):
         groups = f", {self.topk_group} of {self.n_group} groups" if self.n_group > 1 else ""
         return f"{self.score_function}, top {self.top_k} of {self.num_experts}{groups}, hidden_size={self.hidden_size}"
 
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None:
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+        x, weight = x.to(self.compute_dtype), self.weight.to(self.compute_dtype)
+        if not autocast_dtype(x):
+            return torch.nn.functional.linear(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, weight)
+
     def _count_in_backward(self, routed: Routing) -> None:
         topk_idx = routed.topk_idx
 
@@ -169,3 +183,13 @@ class Router(nn.Module):
         if bias is not None and moved is not None and moved.dtype != torch.float32:
             self.e_score_correction_bias = bias.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """``assign=True`` brings tensors of any dtype; the bias stays in fp32."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the loss belongs to a graph that they have no part in."""
+        return {**self.__dict__, "aux_loss": None}

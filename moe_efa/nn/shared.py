@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_efa.nn.autocast import autocast_dtype
 from moe_efa.nn.initialization import draw_seed, normal_
 
 
@@ -51,7 +52,15 @@ class SharedExperts(nn.Module):
             normal_(weight.detach(), std=self.initializer_range, seed=self.seed, name=f"shared experts {name}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(torch.nn.functional.silu(gate) * up)
-        return out if self.gate is None else self.gate(x).sigmoid() * out
+        """[..., H] -> [..., H] in x's dtype or autocast's; parameters of another dtype are cast to that of x."""
+        gate, up = _linear(self.gate_up_proj, x).chunk(2, dim=-1)
+        out = _linear(self.down_proj, torch.nn.functional.silu(gate) * up)
+        return out if self.gate is None else _linear(self.gate, x).sigmoid() * out
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Through the module wherever that works, since it may have hooks or be one of another kind."""
+    weight = layer.weight
+    if weight.dtype == x.dtype or autocast_dtype(x):
+        return layer(x)
+    return torch.nn.functional.linear(x, weight.to(x.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
+from moe_efa import native_group
 from moe_efa.nn import Router, SharedExperts, SwiGLUExperts, moe_layer
 from moe_efa.testing import assert_bitwise, assert_within_ulps
 from moe_efa.testing.spawn import spawn
@@ -259,6 +261,27 @@ def test_arguments_that_do_not_fit_are_refused():
             layer.update_bias()
         layer.close()
         assert layer(x).shape == (3, 8)  # a corrected call works, and what was passed in stays open
+
+
+def one_rank_is_wrong(rank, group):
+    options = {**SIZES, "node_size": 1, "hidden_size": 8, "intermediate_size": 4}
+    wrong = {"score_function": "sofmax"} if rank == 1 else {}
+    before = len(native_group._live)
+    with pytest.raises(ValueError, match="score_function") as raised:
+        moe_efa.MoELayer(group, **options, **wrong)
+    assert len(native_group._live) == before
+    layer = moe_efa.MoELayer(group, **options)  # the group is as good as before
+    out = layer(torch.randn(rank, 8))
+    copied = copy.deepcopy(layer)
+    layer.close()
+    assert copied(torch.randn(rank, 8)).shape == out.shape == (rank, 8)
+    copied.close()
+    assert len(native_group._live) == before
+    return type(raised.value).__name__
+
+
+def test_arguments_wrong_on_one_rank_are_refused_on_all():
+    assert set(spawn(one_rank_is_wrong, 2, timeout=60)) == {"ConfigError"}
 
 
 def test_docstring_example_holds():
