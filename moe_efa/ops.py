@@ -235,7 +235,7 @@ def _keep_plan(ctx: Any, plan: Tensor, *others: Tensor | None) -> None:
 
 def _release_plan(ctx: Any) -> None:
     """At the end of backward: give up the plan where torch gives up the saved tensors."""
-    if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
         ctx.plan_owner = None
 
 
@@ -318,7 +318,9 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise ValueError("dispatch and combine have no forward-mode derivatives, but an input has a tangent")
 
 
