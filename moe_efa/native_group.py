@@ -57,6 +57,7 @@ class NativeGroup:
         self._lock = threading.Lock()
         self._closed: Exception | None = None  # what calls raise once the native group is closed
         self._kept: dict[StartedCall, tuple[Tensor | None, ...]] = {}  # what started calls read and write
+        self._ending = False  # no new calls: the process waits for the lock
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
@@ -274,6 +275,10 @@ class NativeGroup:
         """Fail the group on every rank, so that nobody waits for this one, and close it here."""
         self._close_here(TransportError(message, rank=self.rank), _EXIT_TIMEOUT_S)
 
+    def refuse_calls(self) -> None:
+        """From now on calls raise, so that threads which go on calling cannot keep :meth:`close_at_exit` waiting."""
+        self._ending = True
+
     def close_at_exit(self, timeout_s: float) -> None:
         """Close without the peers. A call that another thread has not finished is left to the end of the process."""
         self._close_here(None, timeout_s)
@@ -311,17 +316,20 @@ class NativeGroup:
     ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
         """(plan, rows in dtype, scales if that is e4m3, weights)."""
         with self._call():
+            begun = False
             try:
                 plan = self._native.dispatch_begin(args)
+                begun = True
                 rows = host_memory.empty(plan.rows, self.config.hidden_size, dtype=dtype)
                 scales = None
                 if dtype == torch.float8_e4m3fn:
                     scales = torch.empty(plan.rows, -(-self.config.hidden_size // BLOCK_SIZE), dtype=torch.float32)
                 weights = torch.empty(plan.rows if with_weights else 0, dtype=torch.float32)
                 self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0, _pointer(scales))
-            except (TransportError, ValueError):
-                raise  # the native group knows: failed, or refused before anything was sent
-            except BaseException as error:  # no memory, an interrupt: the others wait for this rank's second half
+            except BaseException as error:
+                if isinstance(error, TransportError) or (isinstance(error, ValueError) and not begun):
+                    raise  # the native group knows: failed, or refused before anything was sent
+                # No memory, an interrupt: the others wait for this rank's second half.
                 self.usable = False
                 self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
                 raise
@@ -334,6 +342,8 @@ class NativeGroup:
         with self._lock:
             if self._closed is not None:
                 raise self._closed
+            if self._ending:
+                raise ClosedError("the process is ending")
             try:
                 yield
             except TransportError:
@@ -348,7 +358,12 @@ _NOTHING = torch.empty(1)
 def _pointer(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
-    return tensor.data_ptr() or _NOTHING.data_ptr()
+    address = tensor.data_ptr()
+    if address:
+        return address
+    if tensor.numel():
+        raise ValueError(f"a {type(tensor).__name__} {list(tensor.shape)} without memory of its own cannot be sent")
+    return _NOTHING.data_ptr()
 
 
 _serials = itertools.count()
@@ -436,5 +451,8 @@ def _close_all(pid: int) -> None:
     if os.getpid() != pid:
         return
     deadline = time.monotonic() + _EXIT_TIMEOUT_S
-    for native_group in list(_live):
+    ending = list(_live)
+    for native_group in ending:
+        native_group.refuse_calls()
+    for native_group in ending:
         native_group.close_at_exit(max(0.1, deadline - time.monotonic()))

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
@@ -34,7 +35,7 @@ from moe_efa.quantization import BLOCK_SIZE
 
 FP8_DTYPE = torch.float8_e4m3fn
 
-_BLOCK_ELEMENTS = 1 << 22  # bounds the fp32 temporaries of a weight gradient
+_BLOCK_ELEMENTS = 1 << 22  # bounds the fp32 temporaries of the gradients of a combine
 
 _library: Any = torch.library.Library("moe_efa", "DEF")  # type: ignore[no-untyped-call]
 # A list, because Inductor (2.13) loses the sizes found at run time in the results of an ordered operator with several.
@@ -59,6 +60,7 @@ _library.define(
     " Tensor? after=None) -> (Tensor, Tensor, Tensor done)"
 )
 _library.define("weight_grads(Tensor grad_rows, Tensor y, Tensor plan, str group) -> Tensor")
+_library.define("weighted_rows(Tensor rows, Tensor weights) -> Tensor")
 
 _dispatch_op = torch.ops.moe_efa.dispatch.default
 _replay_op = torch.ops.moe_efa.replay.default
@@ -66,6 +68,7 @@ _replay_fp8_op = torch.ops.moe_efa.replay_fp8.default
 _combine_op = torch.ops.moe_efa.combine.default
 _combine_grads_op = torch.ops.moe_efa.combine_grads.default
 _weight_grads_op = torch.ops.moe_efa.weight_grads.default
+_weighted_rows_op = torch.ops.moe_efa.weighted_rows.default
 
 COLLECTIVES = frozenset({_dispatch_op, _replay_op, _replay_fp8_op, _combine_op, _combine_grads_op})
 """The operators that meet the other ranks."""
@@ -105,7 +108,7 @@ def replay(x: Tensor, plan: Tensor, *, group: str, rows: int) -> Tensor:
 
 def replay_fp8(x: Tensor, plan: Tensor, *, group: str, rows: int) -> tuple[Tensor, Tensor]:
     """x [T, H] without gradient -> rows [rows, H] e4m3 and scales [rows, blocks] fp32 of an earlier dispatch's plan."""
-    call = _replay_fp8_op if is_watched() else functools.partial(_call, _replay_fp8_op)
+    call = _replay_fp8_op if is_watched() else _replay_fp8_autograd
     q, scales, _ = call(x, plan, group, rows)
     return q, scales
 
@@ -151,7 +154,7 @@ class _Dispatch(torch.autograd.Function):
         results = Dispatched(*_call(_dispatch_op, x, topk_idx, topk_weights, *options))
         ctx.group, ctx.num_tokens = options[0], x.shape[0]
         ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
-        ctx.save_for_backward(results.plan)
+        _keep_plan(ctx, results.plan)
         fp8 = () if results.rows.dtype == x.dtype else (results.rows,)
         ctx.mark_non_differentiable(*fp8, results.scales, *results[3:])
         ctx.set_materialize_grads(False)
@@ -174,6 +177,7 @@ class _Dispatch(torch.autograd.Function):
             )
         else:
             grad_x, _ = _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens, True)
+        _release_plan(ctx)
         return grad_x if needs_x else None, grad_topk_weights, None, None, None, None
 
 
@@ -183,7 +187,7 @@ class _Replay(torch.autograd.Function):
         ctx: Any, x: Tensor, plan: Tensor, group: str, rows: int, gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
         ctx.group, ctx.num_tokens = group, x.shape[0]
-        ctx.save_for_backward(plan)
+        _keep_plan(ctx, plan)
         out, done = _call(_replay_op, x, plan, group, rows, gradient)
         ctx.mark_non_differentiable(done)
         return out, done
@@ -193,6 +197,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (plan,) = ctx.saved_tensors
         grad_x, _ = _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens, True)
+        _release_plan(ctx)
         return grad_x, None, None, None, None
 
 
@@ -204,7 +209,7 @@ class _Combine(torch.autograd.Function):
         ctx.group, ctx.rows = group, y.shape[0]
         needs_weight_grads = weights is not None and ctx.needs_input_grad[1]
         # The plan, saved always, makes a checkpoint that stops early stop after this call on every rank, not on some.
-        ctx.save_for_backward(weights, y if needs_weight_grads else None, plan)
+        _keep_plan(ctx, plan, weights, y if needs_weight_grads else None)
         out, done = _call(_combine_op, y, weights, plan, group, num_tokens, gradient)
         ctx.mark_non_differentiable(done)
         return out, done
@@ -212,12 +217,11 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        weights, y, plan = ctx.saved_tensors
+        plan, weights, y = ctx.saved_tensors
         grad_rows, _ = _call(_replay_op, grad_out, plan, ctx.group, ctx.rows, True)
-        grad_y, grad_weights = combine_gradients(
-            grad_rows, weights, y, plan, group=ctx.group, needs_y=ctx.needs_input_grad[0]
-        )
-        return grad_y, grad_weights, None, None, None, None
+        grads = combine_gradients(grad_rows, weights, y, plan, group=ctx.group, needs_y=ctx.needs_input_grad[0])
+        _release_plan(ctx)
+        return *grads, None, None, None, None
 
 
 def combine_gradients(
@@ -227,8 +231,19 @@ def combine_gradients(
     grad_weights = None if y is None else _weight_grads_op(grad_rows, y, plan, group)
     if not needs_y:
         return None, grad_weights
-    grad_y = grad_rows if weights is None else (weights[:, None] * grad_rows).to(grad_rows.dtype)
-    return grad_y, grad_weights
+    return (grad_rows if weights is None else _weighted_rows_op(grad_rows, weights)), grad_weights
+
+
+def _keep_plan(ctx: Any, plan: Tensor, *others: Tensor | None) -> None:
+    """Save these for backward. Hooks may save a copy of the plan, so what keeps the plan itself is kept as well."""
+    ctx.plan_owner = plan_tensor.owner_of(plan) if _is_plain(plan) else None
+    ctx.save_for_backward(plan, *others)
+
+
+def _release_plan(ctx: Any) -> None:
+    """At the end of backward: give up the plan where torch gives up the saved tensors."""
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.plan_owner = None
 
 
 def _dispatch_autograd(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *options: Any) -> list[Tensor]:
@@ -241,6 +256,11 @@ def _replay_autograd(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     if _wants_graph(x):
         return _Replay.apply(x, *options)  # type: ignore[no-untyped-call]
     return _call(_replay_op, x, *options)
+
+
+def _replay_fp8_autograd(x: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_tangents(x)
+    return _call(_replay_fp8_op, x, *options)
 
 
 def _combine_autograd(y: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
@@ -256,7 +276,7 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
     """The results of a collective, below autograd. In a graph that is being recorded it comes after the one before."""
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._len_torch_dispatch_stack():
-            return (_kernel_of[op] if _goes_straight(args[0]) else op)(*args)
+            return (_kernel_of[op] if _goes_straight(args) else op)(*args)
         proxy_mode = get_proxy_mode()
         if proxy_mode is None:
             return op(*args)
@@ -275,13 +295,40 @@ def _call(op: Callable[..., Any], *args: Any) -> Any:
 _kernel_of: dict[Callable[..., Any], Callable[..., Any]] = {}  # on the CPU
 
 
-def _goes_straight(x: Tensor) -> bool:
+def _goes_straight(args: tuple[Any, ...]) -> bool:
     """Whether torch would do nothing but call the kernel: the way there costs as much as a small call."""
-    return type(x) is Tensor and x.is_cpu and not torch.autograd._profiler_enabled()
+    if torch.autograd._profiler_enabled():
+        return False
+    return all(_is_plain(arg) for arg in args if isinstance(arg, Tensor))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values are in the memory of the tensor as they are: no wrapper, no fake, no sign still to change."""
+    return type(tensor) in _PLAIN_TYPES and torch._C._dispatch_keys(tensor).raw_repr() in _PLAIN_KEYS
+
+
+def _plain_keys(inference: bool) -> int:
+    with torch.inference_mode(inference):
+        return torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_KEYS = (_plain_keys(inference=False), _plain_keys(inference=True))
 
 
 def _wants_graph(*tensors: Tensor | None) -> bool:
+    _refuse_tangents(*tensors)
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ValueError("dispatch and combine have no forward-mode derivatives, but an input has a tangent")
 
 
 def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -296,6 +343,7 @@ def _opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 _library.impl("dispatch", _opaque(_dispatch_autograd), "Autograd")
 _library.impl("replay", _opaque(_replay_autograd), "Autograd")
+_library.impl("replay_fp8", _opaque(_replay_fp8_autograd), "Autograd")
 _library.impl("combine", _opaque(_combine_autograd), "Autograd")
 
 
@@ -370,6 +418,10 @@ def _combine_grads_fake(
 
 def _weight_grads_fake(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     return y.new_empty(y.shape[0], dtype=torch.float32)
+
+
+def _weighted_rows_fake(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape)
 
 
 # Kernels. Compiled graphs and autograd may hand over any strides.
@@ -517,6 +569,16 @@ def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) ->
     return grads
 
 
+def _weighted_rows_cpu(rows: Tensor, weights: Tensor) -> Tensor:
+    """[rows, H] in the dtype of rows: ``(weights[:, None] * rows).to(rows.dtype)``, the product in fp32."""
+    out = rows.new_empty(rows.shape)
+    blocks = _blocks(rows)
+    factors = torch.split(weights[:, None], [len(block) for block in blocks])
+    for out_block, factor, block in zip(_blocks(out), factors, blocks, strict=True):
+        torch.mul(factor, block, out=out_block)
+    return out
+
+
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
     """Rows in parts of at most _BLOCK_ELEMENTS elements, or one row."""
     most_rows = max(1, _BLOCK_ELEMENTS // rows.shape[1])
@@ -563,6 +625,7 @@ for _op, _fake, _kernel in (
     (_combine_op, _combine_fake, _combine_cpu),
     (_combine_grads_op, _combine_grads_fake, _combine_grads_cpu),
     (_weight_grads_op, _weight_grads_fake, _weight_grads_cpu),
+    (_weighted_rows_op, _weighted_rows_fake, _weighted_rows_cpu),
 ):
     torch.library.register_fake(_op, _fake, lib=_library)
     _library.impl(_op, _opaque(_kernel), "CPU")

@@ -1,7 +1,7 @@
 """A plan as a tensor, so that it can cross the borders of torch operators and be saved for backward like any other.
 
 The tensor holds the plan's number; its storage keeps the plan, exactly as long as a tensor of that storage is alive. A
-copy finds the plan by the number, while the original lives.
+copy finds the plan by the number, while the original lives, or somebody keeps the owner.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def unwrap(tensor: Tensor, group: str) -> _C.Plan:
     """
     if tensor.dtype != DTYPE or tensor.shape != (1,) or tensor.device.type != "cpu":
         raise ValueError(f"not a plan: {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
-    owner = _owners.get(ctypes.c_int64.from_address(tensor.data_ptr()).value)
+    if not tensor.data_ptr():
+        raise ValueError(f"not a plan: a {type(tensor).__name__} without memory of its own")
+    owner = owner_of(tensor)
     if owner is None:
         raise ValueError("the plan of this handle is gone: a copy works only while the original is alive, here")
     if owner.group != group:
@@ -60,6 +62,11 @@ def unwrap(tensor: Tensor, group: str) -> _C.Plan:
     return owner.plan
 
 
+def owner_of(tensor: Tensor) -> _Owner | None:
+    """What keeps the plan of a plain tensor, for who must not lose it when only a copy of the tensor stays."""
+    return _owners.get(ctypes.c_int64.from_address(tensor.data_ptr()).value)
+
+
 def num_alive() -> int:
-    """Plans that some tensor keeps."""
+    """Plans that somebody keeps."""
     return len(_owners)

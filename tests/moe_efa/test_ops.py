@@ -6,6 +6,8 @@ import contextlib
 import copy
 import functools
 import gc
+import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,12 +16,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moe_efa
-from moe_efa import ExpertParallel, native_group, ops, plan_tensor
+from moe_efa import ExpertParallel, host_memory, native_group, ops, plan_tensor
+from moe_efa.config import ExpertParallelConfig
 from moe_efa.testing import assert_bitwise
+from moe_efa.testing.in_process import in_process_ranks
 
 HIDDEN, EXPERTS, TOP_K, MOST_TOKENS = 16, 4, 2, 64
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -147,6 +153,7 @@ def test_opcheck(ep: ExpertParallel, tokens: int, routing: str, alignment: int) 
     torch.library.opcheck(
         torch.ops.moe_efa.weight_grads.default, (y.detach(), y.detach(), handle.plan, group), test_utils=rest
     )
+    torch.library.opcheck(torch.ops.moe_efa.weighted_rows.default, (y.detach(), weights.detach()), test_utils=rest)
 
 
 def test_fake_rows_are_a_size_found_at_run_time(ep: ExpertParallel) -> None:
@@ -390,17 +397,126 @@ def test_second_derivatives_are_refused(ep: ExpertParallel) -> None:
             grad.sum().backward()
 
 
-def test_saved_tensors_may_be_moved(ep: ExpertParallel) -> None:
+def test_saved_tensors_may_be_copied(ep: ExpertParallel) -> None:
+    """As save_on_cpu(pin_memory=True) does: of the plan only a copy is saved."""
     step = with_parameter(ep, torch.ones(HIDDEN))["parts"]
     inputs = make_inputs(6)
     expected = run(step, inputs)
     x, _, topk_weights = inputs
-    for leaf in (x, topk_weights):
-        leaf.grad = None
-    with torch.autograd.graph.save_on_cpu():
+    for passes in (1, 2):
+        for leaf in (x, topk_weights):
+            leaf.grad = None
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            out = step(*inputs)
+        loss = (out * out).sum()
+        assert plan_tensor.num_alive() == 1
+        if passes == 2:
+            loss.backward(retain_graph=True)
+            assert plan_tensor.num_alive() == 1
+            for leaf in (x, topk_weights):
+                leaf.grad = None
+        loss.backward()
+        assert plan_tensor.num_alive() == 0  # given up, although the graph is there
+        assert_same([out.detach(), x.grad, topk_weights.grad], expected)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
         out = step(*inputs)
-    (out * out).sum().backward()
-    assert_same([out.detach(), x.grad, topk_weights.grad], expected)
+    assert plan_tensor.num_alive() == 1
+    del out, loss
+    assert plan_tensor.num_alive() == 0
+
+
+def test_tangents_are_refused(ep: ExpertParallel) -> None:
+    x, topk_idx, topk_weights = make_inputs(6, grad=False)
+    d = ep.dispatch(x, topk_idx, topk_weights)
+
+    def dual(tensor: torch.Tensor) -> torch.Tensor:
+        return forward_ad.make_dual(tensor, torch.ones_like(tensor))
+
+    calls: list[Callable[[], object]] = [
+        lambda: ep.dispatch(dual(x), topk_idx, topk_weights),
+        lambda: ep.dispatch(x, topk_idx, dual(topk_weights)),
+        lambda: ep.dispatch(dual(x), handle=d.handle),
+        lambda: ops.replay_fp8(dual(x), d.handle.plan, group=ep._group, rows=d.handle.rows),
+        lambda: ep.combine(dual(d.x), d.handle),
+        lambda: torch.func.jvp(lambda x: ep.dispatch(x, topk_idx, topk_weights).x, (x,), (x,)),
+    ]
+    with forward_ad.dual_level(), counted(ep, 0, 0):
+        for call in calls[:-1]:
+            with pytest.raises(ValueError, match="no forward-mode derivatives, but an input has a tangent"):
+                call()
+    with counted(ep, 0, 0), pytest.raises(ValueError, match="no forward-mode derivatives"):
+        calls[-1]()
+    with forward_ad.dual_level(), counted(ep, 1, 0):
+        ep.dispatch(x, topk_idx, topk_weights)  # without a tangent
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 4, 11])
+def test_weighted_rows_in_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int) -> None:
+    monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 4 * HIDDEN)
+    y, weights = torch.randn(HIDDEN, rows).t().to(dtype), torch.randn(rows)
+    sizes: list[int] = []
+    real = torch.mul
+
+    def watched(factor: torch.Tensor, block: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(block))
+        return real(factor, block, **kwargs)
+
+    monkeypatch.setattr(torch, "mul", watched)
+    actual = torch.ops.moe_efa.weighted_rows(y, weights)
+    assert sum(sizes) == rows
+    assert max(sizes) <= 4
+    assert_bitwise(actual, (weights[:, None] * y).to(dtype))
+
+
+def test_backward_weights_rows_in_blocks(ep: ExpertParallel) -> None:
+    """Also in a compiled graph, where only an operator is free to."""
+    step: Step = lambda *inputs: ep.moe(*inputs, lambda rows, offsets: rows + 1)  # noqa: E731
+    for call in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        out = call(*make_inputs(6))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out.sum().backward()
+        assert "moe_efa::weighted_rows" in {event.key for event in profile.key_averages()}
+
+
+# Tensors whose values are not in their own memory as they are
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_every_argument_may_be_a_subclass_or_a_view_with_a_sign_to_change(ep: ExpertParallel, parameter: bool) -> None:
+    x, topk_idx, topk_weights = make_inputs(6, grad=False)
+    x = torch.nn.Parameter(x) if parameter else x
+    d = ep.dispatch(x, topk_idx, topk_weights)
+    negative = torch._neg_view((-d.x).detach())
+    assert negative.is_neg()
+    expected = ep.combine(d.x, d.handle)
+    assert_bitwise(ep.combine(negative, d.handle), expected.detach())
+    y = TwoTensor(d.x.detach(), 2 * d.x.detach())
+    out = ep.combine(y, d.handle)
+    assert_bitwise(out.a, expected.detach())
+    assert_bitwise(out.b, 2 * expected.detach())
+    for idx, weights in (
+        (torch._neg_view(-topk_idx), topk_weights),
+        (topk_idx, torch._neg_view(-topk_weights)),
+        (TwoTensor(topk_idx, topk_idx.clone()), topk_weights),
+        (topk_idx, TwoTensor(topk_weights, topk_weights.clone())),
+    ):
+        e = ep.dispatch(x, idx, weights)
+        parts = [t.a if isinstance(t, TwoTensor) else t for t in (e.x, e.weights, e.offsets)]
+        assert_same([t.detach() for t in parts], [t.detach() for t in (d.x, d.weights, d.offsets)])
+    for wrapped in (x, torch._neg_view(x.detach()), y):
+        assert ops._is_plain(wrapped) is (wrapped is x)
+    assert ops._goes_straight((x, topk_idx, topk_weights, "group"))
+
+
+def test_tensors_without_memory_are_errors(ep: ExpertParallel) -> None:
+    x, topk_idx, topk_weights = make_inputs(6, grad=False)
+    wrapper = TwoTensor(topk_weights, topk_weights)
+    with counted(ep, 0, 0), pytest.raises(ValueError, match=r"TwoTensor \[6, 2\] without memory of its own"):
+        ep._native.dispatch(x, topk_idx, wrapper, 1)
+    plan = torch.zeros(1, dtype=plan_tensor.DTYPE)
+    with pytest.raises(ValueError, match="not a plan: a TwoTensor without memory"):
+        plan_tensor.unwrap(TwoTensor(plan, plan), ep._group)
 
 
 # Checkpoints
@@ -471,6 +587,72 @@ def test_errors_keep_their_type_and_attributes(backend: str | None) -> None:
             with pytest.raises(moe_efa.TransportError, match="lost") as error:
                 call()
             assert (error.value.rank, error.value.phase) == (0, None)
+
+
+def test_error_in_the_middle_of_a_dispatch_is_one_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its type: after the first half has been sent, a ValueError is no refusal."""
+    config = ExpertParallelConfig(
+        num_experts=EXPERTS,
+        hidden_size=HIDDEN,
+        top_k=TOP_K,
+        max_tokens_per_rank=MOST_TOKENS,
+        memory_budget_bytes=16 << 20,
+        timeout_s=30.0,
+    )
+    real, culprit = host_memory.empty, threading.local()
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        if getattr(culprit, "here", False):
+            raise ValueError("no")
+        return real(*shape, dtype=dtype)
+
+    def fail(rank: int, group: native_group.NativeGroup) -> list[str]:
+        culprit.here = rank == 1
+        texts = []
+        for _ in range(2):
+            try:
+                group.dispatch(*make_inputs(6, grad=False), 1)
+            except Exception as error:
+                texts.append(f"{type(error).__name__}: {error}")
+        return texts
+
+    monkeypatch.setattr(host_memory, "empty", empty)
+    with in_process_ranks(config, 2) as ranks:
+        other, here = ranks.run(fail)
+    assert here[0] == "ValueError: no"
+    for text in (here[1], *other):
+        assert text.startswith("TransportError")
+        assert "rank 1 could not finish a dispatch: ValueError: no" in text
+    assert other  # at the latest in its second dispatch: what rank 1 sent may have been all that the first needed
+
+
+def test_calls_of_other_threads_end_when_the_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ep = open_ep(max_tokens_per_rank=32)
+    errors: list[BaseException] = []
+
+    def go_on() -> None:
+        inputs = make_inputs(6, grad=False)
+        try:
+            while True:
+                ep.dispatch(*inputs)
+        except moe_efa.ClosedError as error:
+            errors.append(error)
+
+    close = native_group.NativeGroup.close_at_exit
+
+    def close_later(self: native_group.NativeGroup, timeout_s: float) -> None:
+        thread.join(10)  # it ends without that somebody else has to get hold of the lock
+        assert not thread.is_alive()
+        close(self, timeout_s)
+
+    monkeypatch.setattr(native_group, "_live", {ep._native})
+    monkeypatch.setattr(native_group.NativeGroup, "close_at_exit", close_later)
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    native_group._close_all(os.getpid())
+    assert [str(error) for error in errors] == ["the process is ending"]
+    with pytest.raises(moe_efa.ClosedError, match="the process is ending"):
+        ep.dispatch(*make_inputs(6, grad=False))
 
 
 def test_only_known_outputs(ep: ExpertParallel) -> None:
