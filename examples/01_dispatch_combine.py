@@ -18,7 +18,10 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except ValueError as error:  # no launcher has said which rank this is
+        raise SystemExit(f"{error}\nrun it as: torchrun --nproc-per-node 4 examples/01_dispatch_combine.py") from None
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     if num_ranks < 2:
         raise SystemExit("two experts per token need two ranks: torchrun --nproc-per-node 4 ...")

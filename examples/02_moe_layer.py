@@ -35,7 +35,10 @@ def dense_layer(router: moe_efa.nn.Router, experts: moe_efa.nn.SwiGLUExperts, x:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except ValueError as error:  # no launcher has said which rank this is
+        raise SystemExit(f"{error}\nrun it as: torchrun --nproc-per-node 4 examples/02_moe_layer.py") from None
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     layer = moe_efa.MoELayer(
         dist.group.WORLD,

@@ -274,7 +274,7 @@ class ExpertParallel:
             raise ValueError(f"waves must be a positive integer, not {waves!r}")
         if waves == 1 or ops.is_watched():
             received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
-            y = ops.tie(experts(received.x, received.offsets).contiguous(), received.x)
+            y = ops.results_of(experts, received.x, received.offsets)
             return self.combine(y, received.handle)
         self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same")
         return overlap.moe(

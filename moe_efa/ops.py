@@ -124,6 +124,14 @@ def is_watched() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def results_of(experts: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor) -> Tensor:
+    """What the experts make of the rows, contiguous and tied to them (see tie). ValueError if that is no tensor."""
+    y = experts(rows, offsets)
+    if not isinstance(y, Tensor):
+        raise ValueError(f"experts(rows, offsets) must return a tensor [rows, H], not {type(y).__name__}")
+    return tie(y.contiguous(), rows)
+
+
 def tie(y: Tensor, rows: Tensor) -> Tensor:
     """y; where it has no graph, as when experts skip empty inputs, one that gives the dispatched rows zero gradients.
 

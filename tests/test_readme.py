@@ -42,14 +42,15 @@ def test_the_experts_of_the_readme_are_the_dense_layer() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     definition, call = blocks[1].split("\nout = ")
     torch.manual_seed(0)
-    tokens, hidden, inner, num_experts = 7, 12, 5, 4
+    tokens, hidden, num_experts = 7, 12, 4
     x, probabilities = torch.randn(tokens, hidden), torch.rand(tokens, num_experts).softmax(-1)
     topk_weights, topk_idx = probabilities.topk(2)
     with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=hidden, top_k=2, max_tokens_per_rank=8) as ep:
-        names = {"torch": torch, "ep": ep, "x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
+        names: dict[str, Any] = {"torch": torch, "ep": ep, "hidden": hidden}
+        names |= {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
         exec(definition, names)
-        experts = names["experts"] = names["SwiGLUExperts"](ep.num_local_experts, hidden, inner)
         exec("out = " + call, names)
+        experts = names["experts"]
         dense = torch.zeros(tokens, hidden)
         for expert in range(num_experts):
             gate, up = (x @ experts.gate_up[expert]).chunk(2, dim=-1)

@@ -185,6 +185,9 @@ class MoELayer(nn.Module):
         Returns:
             [..., H] in x's dtype.
         """
+        hidden_size = self.expert_parallel.config.hidden_size
+        if x.shape[-1:] != (hidden_size,) or x.dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"x must be [..., {hidden_size}] in bf16 or fp32, not {list(x.shape)} in {x.dtype}")
         if topk_weights is None:
             topk_idx, topk_weights, _ = self.router(x, topk_idx)
         elif topk_idx is None:

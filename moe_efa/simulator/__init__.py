@@ -91,7 +91,7 @@ def replay_command(result: SimulationResult, num_ranks: int | None = None) -> st
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 0 when every seed of every profile was clean, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m moe_efa.simulator",
+        prog="moe-efa simulate",
         description="Run the protocol over simulated SRD, every invariant checked after every event.",
     )
     parser.add_argument(

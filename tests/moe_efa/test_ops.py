@@ -665,3 +665,15 @@ def test_profiles_name_the_operators(ep: ExpertParallel) -> None:
         ep.moe(*make_inputs(6), lambda rows, offsets: rows).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {f"moe_efa::{name}" for name in ("dispatch", "combine", "replay", "combine_grads")} <= names
+
+
+def test_experts_have_to_return_a_tensor() -> None:
+    with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=8, top_k=2, max_tokens_per_rank=8) as ep:
+        weights, idx = torch.rand(3, 4).topk(2)
+        with pytest.raises(ValueError, match=r"experts\(rows, offsets\) must return a tensor .* not NoneType"):
+            ep.moe(torch.randn(3, 8), idx, weights, lambda rows, offsets: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_group_is_a_process_group_or_none() -> None:
+    with pytest.raises(moe_efa.ConfigError, match="process group or None, not 'WORLD'"):
+        moe_efa.ExpertParallel("WORLD", num_experts=4, hidden_size=8, top_k=2, max_tokens_per_rank=8)  # type: ignore[arg-type]

@@ -231,3 +231,13 @@ def test_assigned_state_leaves_the_bias_in_fp32():
     assert router.weight.dtype == torch.bfloat16
     assert_bitwise(router.e_score_correction_bias, torch.full((4,), 1.5))
     assert "e_score_correction_bias" in dict(router.named_buffers())
+
+
+def test_rows_of_another_size_or_dtype_are_refused_before_anything_is_sent() -> None:
+    layer = moe_efa.MoELayer(num_experts=4, hidden_size=8, intermediate_size=4, top_k=2, max_tokens_per_rank=8)
+    before = layer.expert_parallel.stats()
+    for x in (torch.randn(3, 9), torch.randn(3, 8, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"x must be \[\.\.\., 8\] in bf16 or fp32"):
+            layer(x)
+    assert layer.expert_parallel.stats()["dispatch"]["calls"] == before["dispatch"]["calls"]
+    layer.close()
