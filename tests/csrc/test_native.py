@@ -33,7 +33,7 @@ THREAD_LIBRARY = re.compile(
     r"csrc/(engine|kernels/cpu)/|csrc/transport/(pump|reorder_rail)|csrc/runtime/(driver|thread_pool)"
     r"|csrc/simulator/(workload|reference)"
 )
-FLAGS = ["-std=c++20", "-O1", "-g", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
 # A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
 LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"
 LEAK_OPTIONS = f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0"
