@@ -1,7 +1,7 @@
 """Memory of large results on the CPU: what a dead tensor leaves is used again, so no page is faulted in twice.
 
-Such a tensor's storage cannot be resized. Safe because the memory belongs to the storage: it returns to the pool when the
-last view of it is gone.
+Such a tensor's storage cannot be resized. Safe because the memory belongs to the storage: it returns to the pool when
+the last view of it is gone.
 """
 
 from __future__ import annotations
