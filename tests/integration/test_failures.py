@@ -266,7 +266,7 @@ SMALL_RINGS = {"chunk_rows": 8, "slots": 2}  # so that no call is done before it
     [
         *cases(*IN_CALLS, every=True),
         *cases("between calls", "close", "close", every=False),
-        *cases(*IN_CALLS, "close", every=False, layouts=REORDERED),
+        *cases(*IN_CALLS, "close", every=True, layouts=REORDERED),
     ],
 )
 def test_killed_rank_is_named_at_once(layout: str, point: str, culprit: int, mark: Path) -> None:
