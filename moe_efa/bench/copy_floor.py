@@ -110,5 +110,19 @@ class CopyFloor:
         self._targets = [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
 
     def copy(self) -> None:
-        for target, source in zip(self._targets, self._sources, strict=True):
-            target.copy_(source)
+        """The whole round."""
+        self._copy(RowCounts._fields)
+
+    def dispatch(self) -> None:
+        """Its dispatch alone."""
+        self._copy(("packed", "pulled"))
+
+    def combine(self) -> None:
+        """Its combine alone, and what that must read: a sum of bytes stands for the weighted sum of expert rows."""
+        self._sources[RowCounts._fields.index("pulled")].flatten().view(torch.int64).sum()
+        self._copy(("published", "forwarded", "reduced"))
+
+    def _copy(self, kinds: Sequence[str]) -> None:
+        for kind in kinds:
+            at = RowCounts._fields.index(kind)
+            self._targets[at].copy_(self._sources[at])

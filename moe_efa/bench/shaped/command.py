@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = config.bench()
         check_transport(bench)
         check_memory(bench, ranks_on_host=bench.ranks, node_size=config.ranks_per_node)
-        with Network(config.nodes, gbit_per_s=max(config.rates), mtu=config.mtu) as network:
+        with Network(config.nodes, gbit_per_s=max(config.rates), mtu=config.mtu, tcp=config.tcp) as network:
             status = _run_nodes(network, config)
             results = network.folder / "results"
             found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []

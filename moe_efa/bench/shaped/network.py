@@ -23,6 +23,7 @@ _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  #
 _COMMAND_S = 30.0
 _REMOVAL_S = 30.0
 _MOST_QUEUED_MS = 50
+_SETTINGS = "/proc/sys/net/ipv4"  # of the namespace that looks
 
 # Removes the namespaces with what runs in them, and the folder. What was being added just when the pipe broke appears
 # a little later, so it looks twice then.
@@ -49,15 +50,18 @@ class Network:
         num_nodes: at least 2.
         gbit_per_s: rate of every link in each direction; :func:`set_rate` changes it.
         mtu: of the links, bytes.
+        tcp: congestion control inside, of those that the kernel has; ``None`` = the host's.
 
     Raises:
         ConfigError: naming what the host lacks, or the command that failed.
     """
 
-    def __init__(self, num_nodes: int, *, gbit_per_s: float, mtu: int = 1500) -> None:
+    def __init__(self, num_nodes: int, *, gbit_per_s: float, mtu: int = 1500, tcp: str | None = None) -> None:
         problem = missing()
         if problem:
             raise ConfigError(problem)
+        if tcp is not None and tcp not in (known := _congestion_controls()):
+            raise ConfigError(f"this kernel has no TCP congestion control {tcp!r}, but {', '.join(known)}")
         sweep()
         prefix = f"moe_efa_{os.getpid()}_{_start_time(os.getpid())}"
         self.namespaces = [f"{prefix}_node{i}" for i in range(num_nodes)]
@@ -77,6 +81,9 @@ class Network:
             for name in names:
                 _run("ip", "netns", "add", name)
             self._join(mtu)
+            if tcp is not None:
+                for node in range(num_nodes):
+                    _run(*self.command(node, "sh", "-c", f"echo {tcp} > {_SETTINGS}/tcp_congestion_control"))
             set_rate(self.shaped_ends, gbit_per_s)
         except BaseException:
             self.close()
@@ -190,9 +197,13 @@ def sent_bytes() -> int:
 def congestion_control() -> str:
     """The kernel's choice for TCP, which decides how a shaped link is filled."""
     try:
-        return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+        return Path(f"{_SETTINGS}/tcp_congestion_control").read_text().strip()
     except OSError:
         return "unknown"
+
+
+def _congestion_controls() -> list[str]:
+    return Path(f"{_SETTINGS}/tcp_available_congestion_control").read_text().split()
 
 
 def _start_time(pid: int) -> str:

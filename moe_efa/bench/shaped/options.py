@@ -20,6 +20,7 @@ class ShapedConfig:
         ranks_per_node: processes in each.
         rates: of the links, Gbit/s; measured one after another by the same processes.
         mtu: of the links, bytes.
+        tcp: congestion control in the namespaces, of those that the kernel has.
         tokens, hidden, topk, experts, iters, warmup, seed: as in :class:`moe_efa.bench.BenchConfig`.
         waves: of ``ep.moe`` where overlap is measured.
         baseline: measure torch.distributed too.
@@ -30,6 +31,7 @@ class ShapedConfig:
     ranks_per_node: int = 4
     rates: tuple[float, ...] = (1.0, 5.0, 10.0)
     mtu: int = 1500
+    tcp: str = "cubic"
     tokens: int = 1024
     hidden: int = 4096
     topk: int = 8
@@ -91,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = ",".join(f"{rate:g}" for rate in default.rates)
     link.add_argument("--rates", type=_rates, metavar="G,G", help=f"of the links, Gbit/s (default {shown})")
     link.add_argument("--mtu", type=int, metavar="N", help=f"of the links, bytes (default {default.mtu})")
+    link.add_argument("--tcp", metavar="NAME", help=f"congestion control of TCP (default {default.tcp})")
     shape = parser.add_argument_group("shape")
     for name, meaning in (
         ("tokens", "tokens per rank, T"),

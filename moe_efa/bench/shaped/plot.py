@@ -38,6 +38,8 @@ def draw(result: dict[str, Any], target: str) -> None:
     _bars(right, labels, times)
     right.set_ylabel("dispatch + combine, ms (p50, slowest rank)")
     right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     c = result["conditions"]
     figure.suptitle(
         f"moe_efa {c['version']}: {c['nodes']} namespaces of {c['ranks_per_node']} ranks, T={c['tokens']}, "
@@ -54,8 +56,8 @@ def _bars(axis: Any, labels: list[str], groups: list[tuple[str, list[float], str
     for i, (label, values, colour, hatch) in enumerate(groups):
         places = [at + (i - (len(groups) - 1) / 2) * width for at in range(len(labels))]
         bars = axis.bar(places, values, width, color=colour, hatch=hatch, edgecolor="white", label=label)
-        axis.bar_label(bars, fmt="%.3g", fontsize=7)
+        axis.bar_label(bars, fmt="{:.3g}" if max(values) < 10 else "{:.0f}", fontsize=7)
     axis.set_xticks(range(len(labels)), labels)
     axis.grid(True, axis="y", alpha=0.3)
     axis.margins(y=0.15)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from moe_efa import env
 from moe_efa._version import __version__
 from moe_efa.bench.check import check_baselines, check_full, check_small, sums_agree
+from moe_efa.bench.copy_floor import CopyFloor, count_rows, row_widths
 from moe_efa.bench.exchange import Exchange, MoeEfaExchange
 from moe_efa.bench.inputs import Inputs, make_inputs
 from moe_efa.bench.lean import LeanExchange, torch_all_to_all
@@ -89,12 +90,13 @@ class _Measurement:
                 check_mpi(bench, self.group, self.host, node_size, digest, agree)
                 agreed.append(TITLES["mpi"])
             del sums
+            copies = self._copies()
             sockets = PlainSockets(self.group, address=self.addresses[self.node], node_size=node_size)
             info = ep.info()
             for rate in config.rates:
                 self.set_rate(rate)
                 self.progress.stage(f"{rate:g} Gbit/s: every contender in turn")
-                measured = self._at(ep, fp8, sockets)
+                measured = self._at(ep, fp8, sockets, copies)
                 if has_waves():
                     self.progress.stage(f"{rate:g} Gbit/s: overlap")
                     ways = Overlap(ep, self.mine, self.timer, waves=config.waves)
@@ -123,7 +125,14 @@ class _Measurement:
         if problem:
             raise ConfigError(problem)
 
-    def _at(self, ep: ExpertParallel, fp8: ExpertParallel, sockets: PlainSockets) -> dict[str, Any]:
+    def _copies(self) -> CopyFloor:
+        """The copies of this rank's part of a round. Collective."""
+        selections = gather(self.group, self.mine[1])
+        node_size, experts = self.config.ranks_per_node, self.bench.experts
+        rows = count_rows(selections, rank=self.rank, node_size=node_size, num_experts=experts)
+        return CopyFloor(rows, row_widths(self.bench))
+
+    def _at(self, ep: ExpertParallel, fp8: ExpertParallel, sockets: PlainSockets, copies: CopyFloor) -> dict[str, Any]:
         """One rate: times and bytes of everything but the overlap."""
         ours, timer, meter = MoeEfaExchange(ep), self.timer, _LinkMeter(self)
         per_peer = self._bytes_per_peer(ep)
@@ -139,6 +148,9 @@ class _Measurement:
                 for phase in ("dispatch", "combine"):
                     with timer.step(f"sockets {phase}"):
                         sockets.exchange(per_peer[phase])
+            for phase, copy in (("dispatch", copies.dispatch), ("combine", copies.combine)):
+                with timer.step(f"copies {phase}"):
+                    copy()
             for name, exchange in self.baselines.items():
                 with meter.of(name, _ROUNDS_PER_TIMED_ROUND):
                     timed_round(exchange, self.mine, timer.steps_of(name))
@@ -154,7 +166,8 @@ class _Measurement:
         if self.mpi_facts["available"]:
             contenders["mpi"] = phases_of(timings, "mpi")
         contenders["fp8"] = {"dispatch": timings["fp8 dispatch"]}
-        contenders["sockets"] = {phase: timings[f"sockets {phase}"] for phase in ("dispatch", "combine")}
+        for name in ("sockets", "copies"):
+            contenders[name] = {phase: timings[f"{name} {phase}"] for phase in ("dispatch", "combine")}
         return {
             "times": {
                 name: {phase: timing.as_us() for phase, timing in phases.items()} for name, phases in contenders.items()

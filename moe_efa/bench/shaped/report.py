@@ -53,6 +53,7 @@ def _derived(result: dict[str, Any], config: ShapedConfig) -> dict[str, Any]:
             "floor_of_link": _gbit_per_s(wire["floor_bytes"], ours) / rate,
             "sockets_of_link": _gbit_per_s(result["sockets_bytes"][phase], times["sockets"][phase]) / rate,
             "of_sockets": times["sockets"][phase] / ours,
+            "of_sockets_and_copies": (times["sockets"][phase] + times["copies"][phase]) / ours,
         }
     fp8 = result["fp8_wire"]["dispatch"]
     goodput["fp8_dispatch"] = {
@@ -91,8 +92,11 @@ def _verdicts(config: ShapedConfig, rate: dict[str, Any]) -> list[Verdict]:
     """The bars that hold at this rate."""
     gbit, goodput = rate["gbit_per_s"], rate["goodput"]
     if gbit != _BAR_RATE:
-        title = "plain sockets' time / moe_efa's, {}"
-        return [Verdict(title.format(phase), gbit, 1.0, goodput[phase]["of_sockets"]) for phase in _WAYS]
+        return [
+            Verdict(f"{title} / moe_efa's, {phase}", gbit, 1.0, goodput[phase][key])
+            for key, title in (("of_sockets", "plain sockets' time"), ("of_sockets_and_copies", "sockets' + copies'"))
+            for phase in _WAYS
+        ]
     bars = [Verdict(f"goodput of the link, {phase}", gbit, 0.90, goodput[phase]["of_link"]) for phase in _WAYS]
     bars.append(Verdict("bf16 dispatch / FP8 dispatch", gbit, 1.8, rate["fp8_speedup"]))
     title, overlap = f"overlap of {config.waves} waves, timed wait", rate["overlap"]
@@ -140,6 +144,7 @@ def format_tables(result: dict[str, Any]) -> str:
         "counted         p50 of the slowest rank; no expert compute but in the lines on overlap",
         "                of link = bytes that the busiest node wrote / time / rate: one direction, while both are busy",
         "                plain sockets: the same bytes over one TCP connection per pair of rail peers",
+        "                copies alone: the rows that a phase stores or reads in memory, all ranks at once, no network",
     ]
     for rate in result["rates"]:
         lines += ["", *_rate_lines(rate)]
@@ -178,6 +183,8 @@ def _rate_lines(rate: dict[str, Any]) -> list[str]:
     for phase in _WAYS:
         share = goodput[phase]["sockets_of_link"]
         line(f"plain sockets, {phase}", times["sockets"][phase], rate["sockets_bytes"][phase], share)
+    for phase in _WAYS:
+        line(f"copies alone, {phase}", times["copies"][phase])
     for name in rate["ratios"]:
         for phase in PHASES:
             line(f"{TITLES[name]} {phase}", times[name][phase])
