@@ -44,6 +44,7 @@ Engine::Engine(const EngineConfig& config)
       region_(config.region),
       max_writes_per_nic_(config.max_writes_per_nic),
       credit_batch_(std::max(1u, config.layout.slots / 4)),
+      largest_chunk_bytes_(std::max(layout_.slot_bytes(Phase::kDispatch), layout_.slot_bytes(Phase::kCombine))),
       hello_seen_(std::size_t{config.topology.num_nodes()} * config.num_nics, false),
       nics_(config.num_nics) {
   std::uint32_t nodes = topology_.num_nodes(), slots = config.layout.slots;
@@ -125,10 +126,15 @@ void Engine::on_descriptor(const Descriptor& descriptor) {
 }
 
 int Engine::pick_nic() const {
+  std::uint64_t shortest = ~0ull;
+  for (const Nic& nic : nics_) {
+    if (has_room(nic)) shortest = std::min(shortest, nic.queued_bytes);
+  }
   int best = -1;
   for (std::size_t nic = 0; nic < nics_.size(); ++nic) {
-    if (!has_room(nics_[nic])) continue;
-    auto load = [this](std::size_t i) { return std::pair(nics_[i].queued_bytes, stats_.nics[i].bytes); };
+    // Whoever completes a little sooner would get more and more; whoever is slow falls behind by more than a chunk.
+    if (!has_room(nics_[nic]) || nics_[nic].queued_bytes > shortest + largest_chunk_bytes_) continue;
+    auto load = [this](std::size_t i) { return std::pair(stats_.nics[i].bytes, nics_[i].queued_bytes); };
     if (best < 0 || load(nic) < load(best)) best = static_cast<int>(nic);
   }
   return best;

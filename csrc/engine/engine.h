@@ -165,6 +165,7 @@ class Engine {
   const std::byte* region_;
   std::uint32_t max_writes_per_nic_;
   std::uint32_t credit_batch_;
+  std::uint64_t largest_chunk_bytes_;
   std::vector<proto::RegionLayout> peer_layouts_;  // by node: the same sizes seen from there
   std::vector<SendRing> send_[proto::kNumPhases];
   std::vector<ReceiveRing> receive_[proto::kNumPhases];

@@ -176,8 +176,8 @@ def test_bytes_are_spread_evenly_over_the_nics(outcomes: list[dict[str, Any]], c
         if case.reorder:  # rails refuse writes for a while, and the others take them
             assert min(spent) > sum(spent) / case.num_nics / 3
         else:
-            # The next chunk goes to the NIC with the least in flight, so a NIC that is slower for a while gets less.
-            assert max(spent) - min(spent) <= 2 * slot + sum(spent) / case.num_nics / 10
+            # A NIC that is slower for a while may fall behind by a chunk more than it has in flight, and catches up.
+            assert max(spent) - min(spent) <= 2 * slot
 
 
 # What goes wrong

@@ -3,6 +3,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -504,7 +505,7 @@ TEST_CASE("again-skips-the-nic-until-resumed-and-loses-nothing") {
   CHECK(bench.post_all().size() == 2);
 }
 
-TEST_CASE("chunks-go-to-the-nic-with-the-fewest-bytes-queued") {
+TEST_CASE("chunks-go-to-the-nic-with-the-fewest-bytes-so-far") {
   Bench bench(2, 4, 2);
   bench.begin(0, {4});
   for (const Write& write : bench.post_all()) bench.done(write);
@@ -514,11 +515,29 @@ TEST_CASE("chunks-go-to-the-nic-with-the-fewest-bytes-queued") {
   bench.chunk(1, 100);
   std::vector<Write> writes = bench.post_all();
   REQUIRE(writes.size() == 4);
-  CHECK(writes[0].nic == 1);  // none has any queued: the one that carried less, as the counts went over the other
+  CHECK(writes[0].nic == 1);  // the one that carried less, as the counts went over the other
   for (int i = 1; i < 4; ++i) CHECK(writes[i].nic == 0);
   bench.done(writes[0]);
   bench.credit(1);
   CHECK(bench.engine->stats().wire_bytes[0] == 64 + 1300);
+}
+
+TEST_CASE("a-nic-that-completes-sooner-gets-no-more-until-the-other-is-a-chunk-behind") {
+  Bench bench(2, 8, 2);
+  std::uint64_t largest = std::max(bench.layout.slot_bytes(kDispatch), bench.layout.slot_bytes(Phase::kCombine));
+  auto chunk_bytes = static_cast<std::uint32_t>(largest * 3 / 4);
+  bench.begin(0, {8});
+  for (const Write& write : bench.post_all()) bench.done(write);
+  std::vector<std::uint32_t> taken;
+  for (int i = 0; i < 6; ++i) {
+    bench.chunk(1, chunk_bytes);
+    for (const Write& write : bench.post_all()) {
+      taken.push_back(write.nic);
+      if (write.nic == 0) bench.done(write);  // NIC 1 completes nothing
+    }
+  }
+  // In turn, until NIC 1 has 3/2 chunks in flight.
+  CHECK(taken == std::vector<std::uint32_t>{1, 0, 1, 0, 0, 0});
 }
 
 TEST_CASE("outstanding-writes-per-nic-are-bounded") {
