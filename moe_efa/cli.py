@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run_command)
     commands.add_parser("simulate", help="run the protocol in a seeded simulation of the network")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
     return int(options.run(options))
 
