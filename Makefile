@@ -28,7 +28,7 @@ bench: .venv/.extension ## dispatch and combine between 4 ranks on this host, as
 	$(BIN)/python bench/bench_dispatch_combine.py --ranks 4 --node-size 2 $(BENCH_ARGS)
 
 test: lint ## lint, then every test that applies to this machine
-	$(BIN)/pytest tests $(PYTEST_ARGS)
+	$(BIN)/pytest tests --numprocesses 3 --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/.extension ## ruff, mypy, codespell, clang-format (.pre-commit-config.yaml)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure

@@ -33,10 +33,11 @@ REORDERED: dict[str, dict[str, Any]] = {
     "node2-tcp-reordered": LAYOUTS["node2-tcp"],
 }
 TIMEOUT_S, HEARTBEAT_TIMEOUT_S = 3.0, 1.0
-# A machine that has more to do than these tests is slower, not wrong.
+# A machine that has more to do than one test is slower, not wrong.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 LOAD = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-AT_ONCE_S = 1.0 * LOAD
-SLACK_S = 3.0 * LOAD
+AT_ONCE_S = 1.0 * LOAD * WORKERS
+SLACK_S = 3.0 * LOAD * WORKERS
 
 Facts = dict[str, Any]
 
@@ -479,7 +480,7 @@ def interrupt(rank: int, group: dist.ProcessGroup, layout: str, point: str, mark
 def test_interrupt_ends_a_wait_here_and_is_an_error_elsewhere(layout: str, point: str, mark: Path) -> None:
     seen = results(run_ranks(interrupt, NUM_RANKS, layout, point, str(mark)))
     assert seen[1]["error"]["type"] == "KeyboardInterrupt"
-    assert seen[1]["error"]["at"] - seen[1]["sent"] < 0.5 * LOAD
+    assert seen[1]["error"]["at"] - seen[1]["sent"] < 0.5 * AT_ONCE_S
     for rank in (0, 2, 3):
         error = seen[rank]["error"]
         if point == "close":  # the goodbye had been said: nothing was owed any more
