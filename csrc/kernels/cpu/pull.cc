@@ -6,11 +6,15 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/mutant.h"
 #include "common/status.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/stream.h"
 
 namespace moe_efa::kernels::cpu {
+
+using common::Mutant;
+using common::mutant;
 
 namespace {
 
@@ -53,7 +57,7 @@ void read_metadata(const PullArgs& args, const proto::NodeView& view, const prot
                                ? args.static_sizes->overflow(args.source_node, entry.expert, entry.index)
                                : 0;
       overflow = std::max(overflow, lost);
-      if (lost == 0) mask |= 1ull << entry.expert / config.experts_per_rank;
+      if (lost == 0 || mutant(Mutant::kLostRowsSummed)) mask |= 1ull << entry.expert / config.experts_per_rank;
       std::uint32_t expert = entry.expert - first_expert;  // wraps for experts of lower mates
       if (expert >= config.experts_per_rank) continue;
       if (entry.index >= args.expert_counts[expert]) reject(args, view, "index beyond the announced count");
