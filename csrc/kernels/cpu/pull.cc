@@ -70,7 +70,9 @@ void read_metadata(const PullArgs& args, const proto::NodeView& view, const prot
     if (own_rail) plan.set_mask(args.source_node, header.first_row + row, mask);
   }
   if (at != header.num_entries) reject(args, view, "entries left over");
-  if (overflow > 0) plan.chunk_overflow[args.source_node][args.chunk] = overflow;
+  if (overflow == 0) return;
+  if (plan.chunk_overflow.empty()) reject(args, view, "index beyond the announced count of a mate");
+  plan.chunk_overflow[args.source_node][args.chunk] = overflow;
 }
 
 }  // namespace
