@@ -57,7 +57,13 @@ class Plan:
     @property
     def tokens_per_expert(self) -> list[int]: ...
     @property
+    def overflow(self) -> OverflowFlag | None:
+        """In static mode only."""
+    @property
     def nbytes(self) -> int: ...
+
+class OverflowFlag:
+    """One int64 with the buffer protocol: 0, or the capacity that was needed. The calls of its plan raise it."""
 
 class DispatchArgs:
     def __init__(
@@ -69,6 +75,7 @@ class DispatchArgs:
         topk_idx_ptr: int = 0,
         topk_weights_ptr: int = 0,
         expert_alignment: int = 1,
+        capacity: int | None = None,
         plan: Plan | None = None,
         gradient: bool = False,
         fp8_output: bool = False,

@@ -126,6 +126,7 @@ class ExpertParallel:
         handle: Handle | None = None,
         expert_alignment: int = 1,
         output: str = "same",
+        capacity: int | None = None,
     ) -> DispatchResult:
         """Send every token to the ranks that own the experts it selected. Collective; so is its backward.
 
@@ -138,6 +139,11 @@ class ExpertParallel:
             expert_alignment: every expert's rows are padded with zeros to a multiple of this.
             output: "same" gives rows in x's dtype; "fp8" hands the rows and scales of an FP8 wire through as they are
                 (``wire_dtype="fp8"``), for an x that needs no gradient: an FP8 tensor cannot carry one.
+            capacity: static mode: this rank gets exactly so many rows, padding included, whatever the routing says, and
+                sizes stay on x's device. All ranks give one, each its own, or none does. What does not fit is not an
+                error here: it is left out, adds nothing to results and gets gradients of 0, and ``overflow`` of the
+                result says so on this rank and, from combine on, on every rank whose tokens it concerns. A replay keeps
+                the handle's capacity.
 
         Returns:
             :class:`DispatchResult` with the rows of this rank's experts, in an order that depends on the routing alone.
@@ -147,7 +153,7 @@ class ExpertParallel:
             ClosedError: if this object was closed.
             TransportError: if the exchange failed; every later call raises the same.
         """
-        self._check_dispatch(x, topk_idx, topk_weights, handle, expert_alignment, output)
+        self._check_dispatch(x, topk_idx, topk_weights, handle, expert_alignment, output, capacity)
         if handle is not None:
             if output == "fp8":
                 rows, scales = ops.replay_fp8(x, handle.plan, group=self._group, rows=handle.rows)
@@ -156,9 +162,15 @@ class ExpertParallel:
         assert topk_idx is not None
         assert topk_weights is not None
         received = ops.dispatch(
-            x, topk_idx, topk_weights, group=self._group, expert_alignment=expert_alignment, output=output
+            x,
+            topk_idx,
+            topk_weights,
+            group=self._group,
+            expert_alignment=expert_alignment,
+            output=output,
+            capacity=capacity,
         )
-        handle = self._make_handle(received, x.shape[0], expert_alignment)
+        handle = self._make_handle(received, x.shape[0], expert_alignment, capacity)
         return _result(received.rows, handle, received.scales if output == "fp8" else None)
 
     def combine(self, y: Tensor, handle: Handle, *, weighted: bool = True) -> Tensor:
@@ -188,6 +200,7 @@ class ExpertParallel:
         handle: Handle | None = None,
         expert_alignment: int = 1,
         output: str = "same",
+        capacity: int | None = None,
     ) -> PendingDispatch:
         """Start a :meth:`dispatch` and return at once; ``finish()`` of the result waits for it. Collective.
 
@@ -201,17 +214,19 @@ class ExpertParallel:
         Args, raises:
             as :meth:`dispatch`; what goes wrong on the way is raised by ``finish()``, or by any call before it.
         """
-        self._check_dispatch(x, topk_idx, topk_weights, handle, expert_alignment, output)
+        self._check_dispatch(x, topk_idx, topk_weights, handle, expert_alignment, output, capacity)
         _check_not_compiling("dispatch_start")
         plan = None if handle is None else handle.plan
-        halves = overlap.DispatchHalves(self._group, plan=plan, expert_alignment=expert_alignment, output=output)
+        halves = overlap.DispatchHalves(
+            self._group, plan=plan, expert_alignment=expert_alignment, output=output, capacity=capacity
+        )
         num_tokens = x.shape[0]
         ticket = overlap.start_dispatch(halves, x, topk_idx, topk_weights)
 
         def finish() -> DispatchResult:
             self._check_open()
             received = overlap.finish_dispatch(halves, ticket)
-            known = handle or self._make_handle(received, num_tokens, expert_alignment)
+            known = handle or self._make_handle(received, num_tokens, expert_alignment, capacity)
             return _result(received.rows, known, received.scales if output == "fp8" else None)
 
         return PendingDispatch(finish)
@@ -276,7 +291,7 @@ class ExpertParallel:
             received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
             y = ops.results_of(experts, received.x, received.offsets)
             return self.combine(y, received.handle)
-        self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same")
+        self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same", None)
         return overlap.moe(
             x, topk_idx, topk_weights, experts, native=self._native, expert_alignment=expert_alignment, waves=waves
         )
@@ -338,15 +353,19 @@ class ExpertParallel:
         if self._closed:
             raise ClosedError("this ExpertParallel was closed")
 
-    def _make_handle(self, received: ops.Dispatched, num_tokens: int, expert_alignment: int) -> Handle:
+    def _make_handle(
+        self, received: ops.Dispatched, num_tokens: int, expert_alignment: int, capacity: int | None
+    ) -> Handle:
         return Handle(
             plan=received.plan,
             weights=received.weights,
             tokens_per_expert=received.tokens_per_expert,
             offsets=received.offsets,
+            overflow=received.overflow,
             num_tokens=num_tokens,
             expert_alignment=expert_alignment,
             top_k=self.config.top_k,
+            capacity=capacity,
             group=self._group,
         )
 
@@ -358,6 +377,7 @@ class ExpertParallel:
         handle: Handle | None,
         expert_alignment: int,
         output: str,
+        capacity: int | None,
     ) -> None:
         self._check_open()
         _check_tensor("x", x, _DTYPES)
@@ -366,6 +386,8 @@ class ExpertParallel:
             self._check_handle(handle)
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights are not allowed with a handle, which has its own")
+            if capacity is not None:
+                raise ValueError("capacity is not allowed with a handle, which has its own or none")
             if expert_alignment not in (1, handle.expert_alignment):
                 raise ValueError(
                     f"expert_alignment={expert_alignment} differs from the handle's {handle.expert_alignment}"
@@ -377,6 +399,12 @@ class ExpertParallel:
         _check_tensor("topk_weights", topk_weights, (torch.float32,))
         if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
             raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
+        if capacity is not None:
+            if isinstance(capacity, bool) or not isinstance(capacity, int) or not 0 <= capacity <= _MAX_ROWS:
+                raise ValueError(f"capacity must be an integer from 0 to {_MAX_ROWS}, not {capacity!r}")
+            if expert_alignment > _MAX_ROWS:
+                raise ValueError(f"expert_alignment={expert_alignment} is more than {_MAX_ROWS}")
+            return
         most_rows = self.num_ranks * self.config.max_tokens_per_rank * self.config.top_k
         if expert_alignment > 1 and most_rows + self.num_local_experts * (expert_alignment - 1) > _MAX_ROWS:
             raise ValueError(f"expert_alignment={expert_alignment} could pad the rows of a rank beyond {_MAX_ROWS}")
@@ -435,11 +463,14 @@ def _strides(tensor: Tensor) -> object:
 
 
 def _result(rows: Tensor, handle: Handle, scales: Tensor | None = None) -> DispatchResult:
+    is_static = handle.capacity is not None
     return DispatchResult(
         x=rows,
-        tokens_per_expert=handle.tokens_per_expert,
+        tokens_per_expert=None if is_static else handle.tokens_per_expert,
         offsets=handle.offsets,
         weights=handle.weights,
         handle=handle,
         scales=scales,
+        counts=handle.tokens_per_expert if is_static else None,
+        overflow=handle.overflow if is_static else None,
     )

@@ -60,9 +60,12 @@ class NativeGroup:
         self._ending = False  # no new calls: the process waits for the lock
 
     def dispatch(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int, capacity: int | None = None
     ) -> tuple[_C.Plan, Tensor, Tensor]:
-        """x [T, H] -> (plan, rows [rows, H] in x's dtype, weights [rows] fp32). Collective."""
+        """x [T, H] -> (plan, rows [rows, H] in x's dtype, weights [rows] fp32). Collective.
+
+        In static mode, with a capacity on every rank, rows is that.
+        """
         args = _C.DispatchArgs(
             x_ptr=_pointer(x),
             dtype=DTYPE_NAMES[x.dtype],
@@ -70,12 +73,13 @@ class NativeGroup:
             topk_idx_ptr=_pointer(topk_idx),
             topk_weights_ptr=_pointer(topk_weights),
             expert_alignment=expert_alignment,
+            capacity=capacity,
         )
         plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True)
         return plan, rows, weights
 
     def dispatch_fp8(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int, capacity: int | None = None
     ) -> tuple[_C.Plan, Tensor, Tensor, Tensor]:
         """x [T, H] -> (plan, rows [rows, H] e4m3, scales [rows, ceil(H / 128)] fp32, weights [rows] fp32). Collective.
 
@@ -88,6 +92,7 @@ class NativeGroup:
             topk_idx_ptr=_pointer(topk_idx),
             topk_weights_ptr=_pointer(topk_weights),
             expert_alignment=expert_alignment,
+            capacity=capacity,
             fp8_output=True,
         )
         plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True)
@@ -146,7 +151,14 @@ class NativeGroup:
         return out, topk_weight_grads
 
     def start_dispatch(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int, *, fp8_output: bool = False
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        expert_alignment: int,
+        *,
+        capacity: int | None = None,
+        fp8_output: bool = False,
     ) -> StartedCall:
         """The first half of :meth:`dispatch`, or of :meth:`dispatch_fp8`; ``finish_dispatch`` is the second."""
         args = _C.DispatchArgs(
@@ -156,6 +168,7 @@ class NativeGroup:
             topk_idx_ptr=_pointer(topk_idx),
             topk_weights_ptr=_pointer(topk_weights),
             expert_alignment=expert_alignment,
+            capacity=capacity,
             fp8_output=fp8_output,
         )
         return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x, topk_idx, topk_weights)

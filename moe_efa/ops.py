@@ -41,7 +41,7 @@ _library: Any = torch.library.Library("moe_efa", "DEF")  # type: ignore[no-untyp
 # A list, because Inductor (2.13) loses the sizes found at run time in the results of an ordered operator with several.
 _library.define(
     "dispatch(Tensor x, Tensor topk_idx, Tensor topk_weights, str group, int expert_alignment, str output,"
-    " Tensor? after=None) -> Tensor[]"
+    " SymInt? capacity=None, Tensor? after=None) -> Tensor[]"
 )
 _library.define(
     "replay(Tensor x, Tensor plan, str group, SymInt rows, bool gradient=False, Tensor? after=None)"
@@ -82,22 +82,33 @@ for _op in COLLECTIVES:
 
 
 class Dispatched(NamedTuple):
-    """Results of a dispatch, with the fields of DispatchResult; scales [0] where rows have none."""
+    """Results of a dispatch, with the fields of DispatchResult; scales [0] where rows have none.
+
+    In static mode tokens_per_expert is what DispatchResult calls counts; overflow is [], otherwise [0].
+    """
 
     rows: Tensor
     scales: Tensor
     weights: Tensor
     tokens_per_expert: Tensor
     offsets: Tensor
+    overflow: Tensor  # see plan_tensor.overflow_of
     plan: Tensor  # the last result of a collective is what the next one comes after
 
 
 def dispatch(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, group: str, expert_alignment: int, output: str = "same"
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    group: str,
+    expert_alignment: int,
+    output: str = "same",
+    capacity: int | None = None,
 ) -> Dispatched:
     """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> rows [rows, H], weights [rows] fp32, a plan, ..."""
     call = _dispatch_op if is_watched() else _dispatch_autograd
-    return Dispatched(*call(x, topk_idx, topk_weights, group, expert_alignment, output))
+    return Dispatched(*call(x, topk_idx, topk_weights, group, expert_alignment, output, capacity))
 
 
 def replay(x: Tensor, plan: Tensor, *, group: str, rows: int) -> Tensor:
@@ -160,7 +171,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, *options: Any) -> tuple[Tensor, ...]:
         results = Dispatched(*_call(_dispatch_op, x, topk_idx, topk_weights, *options))
-        ctx.group, ctx.num_tokens = options[0], x.shape[0]
+        ctx.group, ctx.num_tokens, ctx.num_others = options[0], x.shape[0], 1 + len(options)
         ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
         _keep_plan(ctx, results.plan)
         fp8 = () if results.rows.dtype == x.dtype else (results.rows,)
@@ -186,7 +197,7 @@ class _Dispatch(torch.autograd.Function):
         else:
             grad_x, _ = _call(_combine_op, grad_rows, None, plan, ctx.group, ctx.num_tokens, True)
         _release_plan(ctx)
-        return grad_x if needs_x else None, grad_topk_weights, None, None, None, None
+        return grad_x if needs_x else None, grad_topk_weights, *(None,) * ctx.num_others
 
 
 class _Replay(torch.autograd.Function):
@@ -365,6 +376,7 @@ def _dispatch_fake(
     group: str,
     expert_alignment: int,
     output: str,
+    capacity: int | None = None,
     after: Tensor | None = None,
 ) -> list[Tensor]:
     native = native_group.find(group)
@@ -373,8 +385,13 @@ def _dispatch_fake(
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         message = functools.partial(_shape_error, name, tensor, shape)
         torch._check(tensor.shape[0] == shape[0], message)  # type: ignore[no-untyped-call]
-    most_rows = native.num_ranks * config.max_tokens_per_rank * config.top_k
-    rows = torch.library.get_ctx().new_dynamic_size(min=0, max=most_rows + num_local_experts * (expert_alignment - 1))
+    rows: int | torch.SymInt
+    if capacity is not None:
+        rows = capacity
+    else:
+        most_rows = native.num_ranks * config.max_tokens_per_rank * config.top_k
+        most_rows += num_local_experts * (expert_alignment - 1)
+        rows = torch.library.get_ctx().new_dynamic_size(min=0, max=most_rows)
     return list(
         Dispatched(
             rows=x.new_empty(rows, config.hidden_size, dtype=FP8_DTYPE if output == "fp8" else x.dtype),
@@ -382,6 +399,7 @@ def _dispatch_fake(
             weights=x.new_empty(rows, dtype=torch.float32),
             tokens_per_expert=torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
             offsets=x.new_empty(num_local_experts + 1, dtype=torch.int32),
+            overflow=x.new_empty((0,) if capacity is None else (), dtype=torch.int64),
             plan=torch.empty(1, dtype=plan_tensor.DTYPE, device="cpu"),
         )
     )
@@ -444,6 +462,7 @@ def start_dispatch(
     group: str,
     expert_alignment: int,
     output: str,
+    capacity: int | None = None,
 ) -> StartedCall:
     """The first half of a dispatch, or of the replay of a plan, without gradients; arguments as for the operators."""
     if plan is not None:
@@ -459,6 +478,7 @@ def start_dispatch(
         topk_idx.contiguous(),
         topk_weights.contiguous(),
         expert_alignment,
+        capacity=capacity,
         fp8_output=output == "fp8",
     )
 
@@ -489,6 +509,7 @@ def _dispatched(
         weights=torch.empty(0, dtype=torch.float32) if weights is None else weights,
         tokens_per_expert=torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64),
         offsets=torch.tensor(native_plan.offsets, dtype=torch.int32),
+        overflow=plan_tensor.overflow_of(native_plan),
         plan=plan_tensor.wrap(native_plan, group),
     )
 
@@ -500,6 +521,7 @@ def _dispatch_cpu(
     group: str,
     expert_alignment: int,
     output: str,
+    capacity: int | None = None,
     after: Tensor | None = None,
 ) -> list[Tensor]:
     native = native_group.find(group)
@@ -509,9 +531,9 @@ def _dispatch_cpu(
     _check_routing(native.config, x, topk_idx, topk_weights)
     x, topk_idx, topk_weights = x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
     if output == "fp8":
-        plan, rows, scales, weights = native.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment)
+        plan, rows, scales, weights = native.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment, capacity)
     else:
-        plan, rows, weights = native.dispatch(x, topk_idx, topk_weights, expert_alignment)
+        plan, rows, weights = native.dispatch(x, topk_idx, topk_weights, expert_alignment, capacity)
         scales = None
     return list(_dispatched(plan, rows, scales, weights, group=group))
 
@@ -574,6 +596,7 @@ def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) ->
     for start, stop, count in zip(offsets[:-1], offsets[1:], native_plan.tokens_per_expert, strict=True):
         if start + count < stop:
             grads[start + count : stop] = 0.0
+    grads[offsets[-1] :] = 0.0
     return grads
 
 

@@ -54,9 +54,15 @@ class DispatchHalves:
     """What the nodes of one dispatch share: its call under way, and that of its gradient."""
 
     def __init__(
-        self, group: str, *, plan: Tensor | None = None, expert_alignment: int = 1, output: str = "same"
+        self,
+        group: str,
+        *,
+        plan: Tensor | None = None,
+        expert_alignment: int = 1,
+        output: str = "same",
+        capacity: int | None = None,
     ) -> None:
-        self.group, self.expert_alignment, self.output = group, expert_alignment, output
+        self.group, self.expert_alignment, self.output, self.capacity = group, expert_alignment, output, capacity
         self.plan = plan
         self.needs_weights = False  # a gradient of topk_weights
         self.num_tokens = 0
@@ -116,6 +122,7 @@ class _StartDispatch(torch.autograd.Function):
             group=halves.group,
             expert_alignment=halves.expert_alignment,
             output=halves.output,
+            capacity=halves.capacity,
         )
         ctx.halves = halves
         return _ticket()

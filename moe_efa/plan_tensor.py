@@ -62,6 +62,19 @@ def unwrap(tensor: Tensor, group: str) -> _C.Plan:
     return owner.plan
 
 
+def overflow_of(plan: _C.Plan) -> Tensor:
+    """[] int64 of a plan in static mode, [0] of another.
+
+    A live word: the plan's dispatch and every combine raise it to the capacity that was needed, behind torch's back, as
+    kernels in a CUDA graph would. It keeps the word alive, and not the plan.
+    """
+    flag = plan.overflow
+    if flag is None:
+        return torch.empty(0, dtype=torch.int64)
+    storage = torch.frombuffer(flag, dtype=torch.int64).untyped_storage()
+    return torch.empty((), dtype=torch.int64).set_(storage, 0, (), ())
+
+
 def owner_of(tensor: Tensor) -> _Owner | None:
     """What keeps the plan of a plain tensor, for who must not lose it when only a copy of the tensor stays."""
     return _owners.get(ctypes.c_int64.from_address(tensor.data_ptr()).value)

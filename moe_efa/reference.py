@@ -39,6 +39,9 @@ class ReferencePlan:
     ``rows[r][i]`` describes row ``i`` of the rank ``r`` that owns the expert, None for a padding row; ``offsets[r]``
     has ``num_experts / num_ranks + 1`` padded starts; ``tokens_per_expert[r]`` the true counts; ``num_tokens[r]`` the
     tokens that rank ``r`` sent, each with ``top_k`` selections.
+
+    In static mode rank ``r`` has ``capacity[r]`` rows, those without a source None; counts and offsets are those of the
+    rows that are there. ``lost[r]`` are those that are not, ``required_capacity[r]`` is what rank ``r`` needed.
     """
 
     num_experts: int
@@ -47,10 +50,23 @@ class ReferencePlan:
     rows: tuple[tuple[RowSource | None, ...], ...]
     offsets: tuple[tuple[int, ...], ...]
     tokens_per_expert: tuple[tuple[int, ...], ...]
+    capacity: tuple[int, ...] | None
+    required_capacity: tuple[int, ...]
+    lost: tuple[tuple[RowSource, ...], ...]
 
     @property
     def num_ranks(self) -> int:
         return len(self.rows)
+
+    def overflow_of_experts(self, rank: int) -> int:
+        """What ``d.overflow`` says on a rank after dispatch: 0, or the capacity that its own experts needed."""
+        return self.required_capacity[rank] if self.lost[rank] else 0
+
+    def overflow(self, rank: int) -> int:
+        """What ``d.overflow`` says on a rank after combine: the most that a rank needed which lost rows of its tokens,
+        or the rank itself; 0 if there is none."""
+        concerned = [owner for owner, lost in enumerate(self.lost) if any(row.source_rank == rank for row in lost)]
+        return max([self.required_capacity[owner] for owner in concerned] + [self.overflow_of_experts(rank)])
 
 
 class ReferenceDispatch(NamedTuple):
@@ -64,13 +80,21 @@ class ReferenceDispatch(NamedTuple):
     scales: Tensor | None = None
 
 
-def make_plan(topk_idx: Sequence[Tensor], *, num_experts: int, expert_alignment: int = 1) -> ReferencePlan:
+def make_plan(
+    topk_idx: Sequence[Tensor],
+    *,
+    num_experts: int,
+    expert_alignment: int = 1,
+    capacity: Sequence[int] | None = None,
+) -> ReferencePlan:
     """Order the rows of every rank: by expert, then source rank, then source token, then top-k position.
 
     Args:
         topk_idx: per rank [T_r, K] int64 global expert ids; -1 selects nothing.
         num_experts: experts of the group; rank r owns ``[r * E / R, (r + 1) * E / R)``.
         expert_alignment: every expert's rows are padded to a multiple of this.
+        capacity: per rank, for static mode. Rows whose place is not below it, rounded down to a multiple of
+            ``expert_alignment``, are lost.
 
     Two ranks, four experts, top-2; expert 1 and expert 2 see three rows each:
 
@@ -82,6 +106,16 @@ def make_plan(topk_idx: Sequence[Tensor], *, num_experts: int, expert_alignment:
     ((0, 0, 4), (0, 4, 6))
     >>> [tuple(row) if row else None for row in plan.rows[0]]
     [(0, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 1), None]
+
+    The same with room for five rows on rank 0, and for two on rank 1, which needed six:
+
+    >>> plan = make_plan(idx, num_experts=4, expert_alignment=2, capacity=(5, 2))
+    >>> [len(rows) for rows in plan.rows], plan.offsets, plan.tokens_per_expert
+    ([5, 2], ((0, 0, 4), (0, 2, 2)), ((0, 3), (2, 0)))
+    >>> [tuple(row) for row in plan.lost[1]]
+    [(1, 1, 0, 2), (1, 1, 1, 3)]
+    >>> plan.overflow_of_experts(1), plan.overflow(0), plan.overflow(1)
+    (6, 0, 6)
     """
     num_ranks = len(topk_idx)
     if num_experts % num_ranks:
@@ -94,7 +128,7 @@ def make_plan(topk_idx: Sequence[Tensor], *, num_experts: int, expert_alignment:
                 if expert_idx != -1:
                     rows_of_expert[expert_idx].append(RowSource(source_rank, token_idx, topk_pos, expert_idx))
 
-    rows, offsets, tokens_per_expert = [], [], []
+    rows, offsets, tokens_per_expert, required_capacity, lost = [], [], [], [], []
     for rank in range(num_ranks):
         own_rows: list[RowSource | None] = []
         own_offsets = [0]
@@ -104,9 +138,18 @@ def make_plan(topk_idx: Sequence[Tensor], *, num_experts: int, expert_alignment:
             while len(own_rows) % expert_alignment:
                 own_rows.append(None)
             own_offsets.append(len(own_rows))
+        required_capacity.append(len(own_rows))
+        usable = len(own_rows)
+        if capacity is not None:
+            usable = min(usable, capacity[rank] // expert_alignment * expert_alignment)
+        lost.append(tuple(row for row in own_rows[usable:] if row is not None))
+        own_rows = own_rows[:usable]
+        counts = [sum(row is not None and row.expert_idx == e for row in own_rows) for e in own_experts]
+        if capacity is not None:
+            own_rows += [None] * (capacity[rank] - usable)
         rows.append(tuple(own_rows))
-        offsets.append(tuple(own_offsets))
-        tokens_per_expert.append(tuple(len(rows_of_expert[e]) for e in own_experts))
+        offsets.append(tuple(min(start, usable) for start in own_offsets))
+        tokens_per_expert.append(tuple(counts))
     return ReferencePlan(
         num_experts=num_experts,
         top_k=topk_idx[0].shape[1],
@@ -114,6 +157,9 @@ def make_plan(topk_idx: Sequence[Tensor], *, num_experts: int, expert_alignment:
         rows=tuple(rows),
         offsets=tuple(offsets),
         tokens_per_expert=tuple(tokens_per_expert),
+        capacity=None if capacity is None else tuple(capacity),
+        required_capacity=tuple(required_capacity),
+        lost=tuple(lost),
     )
 
 
@@ -223,6 +269,7 @@ def combine(
     ``combine_dtype``, to bf16 where that is "fp8"; every node adds its ranks' sums in rank order and rounds to
     ``combine_dtype``, the token's own node too; the nodes' sums are added in node order and rounded once to y's dtype.
     A sum starts from its first term, and who has no term does not take part. A token that selected nothing gives zeros.
+    In static mode terms that were lost are missing, but a node that lost all it had to do for a token adds zeros.
 
     Args:
         y: per rank [rows, H] bf16 or fp32. Padding rows are never read.
@@ -268,6 +315,8 @@ def combine(
         for token, total in sums.items():
             published.setdefault(token, {})[owner_rank] = _round(total, publish_dtype, auto=dtype)
 
+    experts_per_node = plan.num_experts // num_ranks * node_size
+    lost_on = {(row.source_rank, row.token_idx, row.expert_idx // experts_per_node) for r in plan.lost for row in r}
     results = []
     for source_rank, num_tokens in enumerate(plan.num_tokens):
         out = torch.zeros(num_tokens, hidden_size, dtype=dtype)
@@ -277,6 +326,8 @@ def combine(
             for first_rank in range(0, num_ranks, node_size):
                 node_ranks = range(first_rank, first_rank + node_size)
                 terms = [by_rank[rank] for rank in node_ranks if rank in by_rank]
+                if not terms and (source_rank, token_idx, first_rank // node_size) in lost_on:
+                    terms = [torch.zeros(hidden_size)]
                 if terms:
                     node_sums.append(_round(_sum_in_order(terms), combine_dtype, fp8_scale, auto=dtype))
             if node_sums:

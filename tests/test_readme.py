@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import moe_efa
 from moe_efa import env
@@ -91,6 +93,24 @@ def test_the_compiled_checkpoint_of_the_readme_is_the_layer() -> None:
         torch.testing.assert_close(names["out"], dense, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(grad, names["x"].grad, rtol=2e-2, atol=2e-2)
     torch._dynamo.reset()
+
+
+def test_a_step_with_a_capacity_is_repeated_as_the_readme_says() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    definition, grouped, code = blocks[1].split("\nout = ")[0], blocks[3].split("\ndef layer")[0], blocks[4]
+    torch.manual_seed(0)
+    maxima: list[int] = []  # what the all-reduce of one rank sees
+    with moe_efa.ExpertParallel(None, num_experts=4, hidden_size=16, top_k=2, max_tokens_per_rank=8) as ep:
+        names: dict[str, Any] = {"torch": torch, "moe_efa": moe_efa, "ep": ep, "hidden": 16, "inner": 24}
+        names["dist"] = SimpleNamespace(all_reduce=lambda t, op: maxima.append(int(t)), ReduceOp=dist.ReduceOp)
+        names["x"] = torch.randn(7, 16, dtype=torch.bfloat16)
+        names["topk_weights"], names["topk_idx"] = torch.rand(7, 4).softmax(-1).topk(2)
+        for block in (definition, grouped, code):
+            exec(compile(block, "README.md", "exec"), names)
+        assert maxima == [14, 0]
+        assert names["d"].x.shape == (14, 16)
+        exact = ep.moe(names["x"], names["topk_idx"], names["topk_weights"], names["experts"])
+        assert torch.equal(names["out"], exact)
 
 
 def test_links_lead_somewhere() -> None:

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <memory>
+#include <optional>
 
 #include "bindings/bindings.h"
 #include "common/status.h"
@@ -121,9 +122,19 @@ using GroupPtr = std::unique_ptr<Group, DeleteInOwnProcess>;
 // Plans go back and forth between Python and a running call; they are immutable once their dispatch has finished.
 using PlanPtr = std::shared_ptr<kernels::Plan>;
 
+// The one word of a plan that changes after its dispatch; a tensor over it keeps it and nothing else of the plan.
+struct OverflowFlag {
+  std::shared_ptr<std::int64_t> word;
+};
+
 DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, std::uint32_t num_tokens,
                               std::uintptr_t topk_idx_ptr, std::uintptr_t topk_weights_ptr,
-                              std::uint32_t expert_alignment, const PlanPtr& plan, bool gradient, bool fp8_output) {
+                              std::uint32_t expert_alignment, std::optional<std::int64_t> capacity, const PlanPtr& plan,
+                              bool gradient, bool fp8_output) {
+  if (capacity && (*capacity < 0 || *capacity > INT32_MAX)) {
+    throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1,
+                               "capacity " + std::to_string(*capacity) + " is outside [0, 2^31)"});
+  }
   if (!plan && expert_alignment == 0) {
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "expert_alignment must be positive"});
   }
@@ -136,6 +147,7 @@ DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, st
           pointer<const std::int64_t>(topk_idx_ptr),
           pointer<const float>(topk_weights_ptr),
           expert_alignment,
+          capacity.value_or(kernels::Plan::kExact),
           plan,
           gradient,
           fp8_output};
@@ -203,18 +215,28 @@ void bind_group(py::module_& module) {
       .def(py::init(&make_config))
       .def_readwrite("warn_after_s", &GroupConfig::warn_after_s);
 
+  py::class_<OverflowFlag>(module, "OverflowFlag", py::buffer_protocol()).def_buffer([](const OverflowFlag& flag) {
+    return py::buffer_info(flag.word.get(), 1);
+  });
+
   py::class_<kernels::Plan, PlanPtr>(module, "Plan")
       .def_readonly("plan_id", &kernels::Plan::plan_id)
       .def_readonly("num_tokens", &kernels::Plan::num_tokens)
       .def_readonly("offsets", &kernels::Plan::offsets)
       .def_readonly("tokens_per_expert", &kernels::Plan::tokens_per_expert)
       .def_property_readonly("rows", &kernels::Plan::rows)
+      .def_property_readonly("overflow",
+                             [](const kernels::Plan& plan) -> std::optional<OverflowFlag> {
+                               if (!plan.is_static()) return std::nullopt;
+                               return OverflowFlag{plan.overflow};
+                             })
       .def_property_readonly("nbytes", &kernels::Plan::nbytes);
 
   py::class_<DispatchRequest>(module, "DispatchArgs")
       .def(py::init(&make_dispatch), py::kw_only(), py::arg("x_ptr"), py::arg("dtype"), py::arg("num_tokens"),
            py::arg("topk_idx_ptr") = 0, py::arg("topk_weights_ptr") = 0, py::arg("expert_alignment") = 1,
-           py::arg("plan") = py::none(), py::arg("gradient") = false, py::arg("fp8_output") = false);
+           py::arg("capacity") = py::none(), py::arg("plan") = py::none(), py::arg("gradient") = false,
+           py::arg("fp8_output") = false);
   py::class_<CombineRequest>(module, "CombineArgs")
       .def(py::init(&make_combine), py::kw_only(), py::arg("y_ptr"), py::arg("dtype"), py::arg("plan"),
            py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("weight_grads_ptr") = 0,

@@ -31,7 +31,7 @@ py::dict structs() {
     MOE_EFA_FIELD(ChunkHeader, first_row);
     MOE_EFA_FIELD(ChunkHeader, num_entries);
     MOE_EFA_FIELD(ChunkHeader, total_bytes);
-    MOE_EFA_FIELD(ChunkHeader, reserved);
+    MOE_EFA_FIELD(ChunkHeader, required_capacity);
     out["ChunkHeader"] = fields;
   }
   {
@@ -49,6 +49,8 @@ py::dict structs() {
     MOE_EFA_FIELD(CountsRecord, rows);
     MOE_EFA_FIELD(CountsRecord, rows_per_chunk);
     MOE_EFA_FIELD(CountsRecord, num_chunks);
+    MOE_EFA_FIELD(CountsRecord, capacity);
+    MOE_EFA_FIELD(CountsRecord, expert_alignment);
     MOE_EFA_FIELD(CountsRecord, reserved);
     out["CountsRecord"] = fields;
   }
@@ -89,6 +91,7 @@ py::dict wire_layout() {
   flags["replay"] = proto::kFlagReplay;
   flags["weight gradients"] = proto::kFlagWeightGrads;
   flags["last"] = proto::kFlagLast;
+  flags["static"] = proto::kFlagStatic;
   for (std::uint32_t i = 0; i < proto::kNumDTypes; ++i) dtypes[proto::dtype_name(static_cast<proto::DType>(i))] = i;
   out["protocol_version"] = proto::kProtocolVersion;
   out["imm"] = imm;

@@ -18,6 +18,8 @@ enum class Mutant {
   kPublishWithoutConsumed,   // a publish slot refilled before the forwarder has read it
   kLastCreditKept,           // a partial batch of credits is never sent
   kBatchedOrderCompletion,   // the k-th completion is taken to be that of the k-th write
+  kOverflowUntold,           // a chunk that lost rows does not say so
+  kLostRowsSummed,           // a mate that lost its rows of a token is thought to have published them
 };
 
 #ifdef MOE_EFA_MUTANTS

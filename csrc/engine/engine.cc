@@ -402,6 +402,7 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
                              " out of range");
   }
   if (((header.flags & proto::kFlagLast) != 0) != imm.last) return reject(epoch, "last mark contradicts its immediate");
+  if (phase == Phase::kDispatch && header.required_capacity != 0) return reject(epoch, "overflow told by a dispatch");
   std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, static_cast<proto::DType>(header.dtype));
   std::uint64_t expected = phase == Phase::kDispatch
                                ? proto::dispatch_chunk_bytes(replay, header.rows, header.num_entries, row_bytes)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "proto/chunk.h"
@@ -58,6 +59,29 @@ struct Plan {
                                                            // the row, of the sources that this rank forwards for
   std::vector<std::int64_t> tokens_per_expert;             // [experts_per_rank]
   std::vector<std::int64_t> offsets;                       // [experts_per_rank + 1], padded starts
+
+  // Static mode: the output has `capacity` rows, whatever comes; a row whose place is not below usable_rows() is lost,
+  // and tokens_per_expert and offsets are those of the rows that are not.
+  static constexpr std::int64_t kExact = -1;
+  std::int64_t capacity = kExact;
+  std::vector<std::vector<std::uint64_t>> chunk_overflow;  // [num_nodes][chunk], of the sources that this rank forwards
+                                                           // for: 0, or the capacity that the mate which lost rows of
+                                                           // the chunk needed. Empty: no mate lost any
+  std::shared_ptr<std::int64_t> overflow;  // for the user: 0, or the capacity that this rank's tokens, or its experts,
+                                           // needed and some rank did not have. It only grows
+
+  bool is_static() const { return capacity != kExact; }
+  std::int64_t usable_rows() const { return is_static() ? capacity - capacity % expert_alignment : INT64_MAX; }
+  std::uint64_t overflow_of(std::uint32_t node, std::uint32_t chunk) const {
+    return chunk_overflow.empty() ? 0 : chunk_overflow[node][chunk];
+  }
+  void raise_overflow(std::uint64_t required) const {  // one writer at a time; readers may look at any moment
+    auto value = static_cast<std::int64_t>(required);
+    if (value > __atomic_load_n(overflow.get(), __ATOMIC_RELAXED)) {
+      __atomic_store_n(overflow.get(), value, __ATOMIC_RELEASE);
+    }
+  }
+
   void set_mask(std::uint32_t node, std::uint32_t row, std::uint64_t mask) {
     for (std::uint32_t i = 0; i < mask_bytes; ++i) {
       masks[node][std::size_t{row} * mask_bytes + i] = static_cast<std::uint8_t>(mask >> (8 * i));
@@ -70,7 +94,7 @@ struct Plan {
     }
     return mask;
   }
-  std::int64_t rows() const { return offsets.empty() ? 0 : offsets.back(); }
+  std::int64_t rows() const { return is_static() ? capacity : offsets.empty() ? 0 : offsets.back(); }
 
   std::size_t nbytes() const {
     std::size_t total = 0;
@@ -80,6 +104,7 @@ struct Plan {
       for (const auto& chunk : ring) total += chunk.size() * sizeof(PullEntry);
     }
     for (const auto& mask : masks) total += mask.size();
+    for (const auto& node : chunk_overflow) total += node.size() * sizeof(std::uint64_t);
     return total;
   }
 };

@@ -13,7 +13,7 @@
 
 namespace moe_efa::proto {
 
-inline constexpr std::uint32_t kProtocolVersion = 2;
+inline constexpr std::uint32_t kProtocolVersion = 3;
 inline constexpr std::uint32_t kChunkMagic = 0x4d6f4543;   // "MoEC"
 inline constexpr std::uint32_t kCountsMagic = 0x4d6f4e54;  // "MoNT"
 
@@ -39,6 +39,7 @@ constexpr std::uint32_t fp8_blocks(std::uint32_t hidden_size) { return common::c
 inline constexpr std::uint8_t kFlagReplay = 1;       // no metadata: the receiver has the plan
 inline constexpr std::uint8_t kFlagWeightGrads = 2;  // combine rows carry top_k fp32 gradients of the weights
 inline constexpr std::uint8_t kFlagLast = 4;         // last chunk of its epoch and ring
+inline constexpr std::uint8_t kFlagStatic = 8;       // a fresh dispatch into outputs of fixed capacity
 
 struct ChunkHeader {
   std::uint32_t magic;
@@ -53,8 +54,8 @@ struct ChunkHeader {
   std::uint32_t rows;
   std::uint32_t first_row;  // ordinal of the first row among all rows of this (source, node)
   std::uint32_t num_entries;
-  std::uint32_t total_bytes;  // of the whole chunk, header included
-  std::uint32_t reserved[2];
+  std::uint32_t total_bytes;        // of the whole chunk, header included
+  std::uint64_t required_capacity;  // combine, static mode: 0, or what the rank that lost rows of this chunk needed
 };
 static_assert(sizeof(ChunkHeader) == 64);
 
@@ -155,7 +156,7 @@ struct CountsRecord {
   std::uint32_t magic;
   std::uint16_t version;
   std::uint8_t phase;
-  std::uint8_t flags;  // kFlagReplay, kFlagWeightGrads
+  std::uint8_t flags;  // kFlagReplay, kFlagWeightGrads, kFlagStatic
   std::uint32_t source_rank;
   std::uint32_t dtype;  // on the wire
   std::uint64_t epoch;
@@ -165,8 +166,10 @@ struct CountsRecord {
   std::uint32_t rows;       // for the destination node (dispatch)
   std::uint32_t rows_per_chunk;
   std::uint32_t num_chunks;
+  std::uint32_t capacity;          // static mode: rows of the output of the rank that announces
+  std::uint32_t expert_alignment;  // static mode: of that output
   std::uint32_t reserved;
 };
-static_assert(sizeof(CountsRecord) == 64);
+static_assert(sizeof(CountsRecord) == 72);
 
 }  // namespace moe_efa::proto

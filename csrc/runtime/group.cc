@@ -426,9 +426,9 @@ Group::Prepared Group::prepare_dispatch(const DispatchRequest& request) {
   std::shared_ptr<kernels::Plan> plan = request.plan;
   if (!plan) {
     // Throws kInvalid before anything is sent or counted (I17).
-    plan = kernels::cpu::build_send_plan(
-        {request.topk_idx, request.topk_weights, request.num_tokens, request.expert_alignment, context().num_nics},
-        view_);
+    plan = kernels::cpu::build_send_plan({request.topk_idx, request.topk_weights, request.num_tokens,
+                                          request.expert_alignment, context().num_nics, request.capacity},
+                                         view_);
   }
   return {plan, wire, request.fp8_output ? proto::DType::kFp8 : request.dtype};
 }

@@ -43,9 +43,10 @@ struct DispatchRequest {
   const std::int64_t* topk_idx = nullptr;  // fresh
   const float* topk_weights = nullptr;     // fresh
   std::uint32_t expert_alignment = 1;
-  std::shared_ptr<kernels::Plan> plan;  // a replay
-  bool gradient = false;                // x is one: sent in grad_wire_dtype
-  bool fp8_output = false;              // hand the rows of an FP8 wire through
+  std::int64_t capacity = kernels::Plan::kExact;  // fresh: rows of the output in static mode
+  std::shared_ptr<kernels::Plan> plan;            // a replay
+  bool gradient = false;                          // x is one: sent in grad_wire_dtype
+  bool fp8_output = false;                        // hand the rows of an FP8 wire through
 };
 
 struct CombineRequest {

@@ -10,6 +10,8 @@ using proto::DType;
 
 namespace {
 
+constexpr std::int64_t kNone = -1, kLost = -2;
+
 // Written out here on purpose: the kernels' own conversion is under test.
 float load(const std::byte* from, std::uint64_t i, DType dtype) {
   float value;
@@ -137,11 +139,12 @@ void store_row(std::vector<std::byte>& rows, std::uint64_t row, const std::vecto
 
 Reference::Reference(const Workload& world) : world_(world) {
   std::uint32_t experts_per_rank = world.layout.experts_per_rank, top_k = world.layout.top_k;
-  for (const std::vector<Routing>& routings : world.routings) {
+  for (std::uint32_t plan = 0; plan < world.routings.size(); ++plan) {
+    const std::vector<Routing>& routings = world.routings[plan];
     rows_.emplace_back(world.num_ranks);
     row_of_.emplace_back(world.num_ranks);
     for (std::uint32_t rank = 0; rank < world.num_ranks; ++rank) {
-      row_of_.back()[rank].assign(routings[rank].topk_idx.size(), -1);
+      row_of_.back()[rank].assign(routings[rank].topk_idx.size(), kNone);
     }
     for (std::uint32_t owner = 0; owner < world.num_ranks; ++owner) {
       RankRows& out = rows_.back()[owner];
@@ -158,18 +161,46 @@ Reference::Reference(const Workload& world) : world_(world) {
           }
         }
         out.tokens_per_expert.push_back(row - out.offsets.back());
-        while (row % world.expert_alignment != 0) ++row;
+        while (row % world.alignment(owner) != 0) ++row;
         out.offsets.push_back(row);
       }
+      out.num_rows = out.offsets.back();
+      if (world.is_static(plan)) cut_off(plan, owner);
     }
   }
+}
+
+void Reference::cut_off(std::uint32_t plan, std::uint32_t owner) {
+  RankRows& out = rows_[plan][owner];
+  std::int64_t required = out.num_rows, usable = world_.capacities[plan][owner];
+  out.num_rows = usable;
+  while (usable % world_.alignment(owner) != 0) --usable;
+  for (std::size_t expert = 0; expert < out.tokens_per_expert.size(); ++expert) {
+    while (out.tokens_per_expert[expert] > 0 && out.offsets[expert] + out.tokens_per_expert[expert] > usable) {
+      --out.tokens_per_expert[expert];
+    }
+  }
+  for (std::int64_t& offset : out.offsets) offset = std::min(offset, usable);
+  std::vector<std::pair<std::int64_t, RowOrigin>> kept;
+  for (const auto& [row, origin] : out.rows) {
+    if (row < usable) {
+      kept.push_back({row, origin});
+      continue;
+    }
+    row_of_[plan][origin.rank][origin.token * world_.layout.top_k + origin.topk_pos] = kLost;
+    out.own_overflow = required;
+    RankRows& source = rows_[plan][origin.rank];
+    source.overflow = std::max(source.overflow, required);
+  }
+  out.overflow = std::max(out.overflow, out.own_overflow);
+  out.rows = std::move(kept);
 }
 
 Reference::Dispatched Reference::dispatched(std::size_t call_idx, std::uint32_t rank) const {
   const ScriptCall& call = world_.script[call_idx];
   const RankRows& expected = rows_[call.plan][rank];
   std::uint32_t hidden = world_.layout.hidden_size;
-  auto num_rows = static_cast<std::size_t>(expected.offsets.back());
+  auto num_rows = static_cast<std::size_t>(expected.num_rows);
   Dispatched result;
   std::size_t blocks = (hidden + 127) / 128;
   result.x.assign(num_rows * hidden * (call.fp8_output ? 1 : proto::dtype_bytes(call.user_dtype)), std::byte{0});
@@ -200,7 +231,7 @@ Reference::Dispatched Reference::dispatched(std::size_t call_idx, std::uint32_t 
 Reference::CombineInput Reference::combine_input(std::size_t call_idx, std::uint32_t rank) const {
   const ScriptCall& call = world_.script[call_idx];
   const RankRows& facts = rows_[call.plan][rank];
-  auto num_rows = static_cast<std::uint64_t>(facts.offsets.back());
+  auto num_rows = static_cast<std::uint64_t>(facts.num_rows);
   std::uint64_t stride = std::uint64_t{world_.layout.hidden_size} * proto::dtype_bytes(call.user_dtype);
   CombineInput input;
   input.y = random_rows(world_.seed, call_idx, rank, num_rows, world_.layout.hidden_size, call.user_dtype);
@@ -209,6 +240,8 @@ Reference::CombineInput Reference::combine_input(std::size_t call_idx, std::uint
     auto end = static_cast<std::uint64_t>(facts.offsets[expert + 1]);
     if (begin < end) std::memset(input.y.data() + begin * stride, 0xff, (end - begin) * stride);  // NaN, never read
   }
+  auto behind = static_cast<std::uint64_t>(facts.offsets.back());
+  if (behind < num_rows) std::memset(input.y.data() + behind * stride, 0xff, (num_rows - behind) * stride);
   if (call.weighted) input.weights = random_floats(world_.seed, call_idx, rank, num_rows, false);
   if (call.weight_grads) input.weight_grads = random_floats(world_.seed, call_idx, rank, num_rows, true);
   return input;
@@ -231,12 +264,15 @@ Reference::Combined Reference::combined(std::size_t call_idx, std::uint32_t rank
     Sum over_nodes;
     for (std::uint32_t node = 0; node < world_.num_nodes(); ++node) {
       Sum over_mates;
+      bool lost = false;
       for (std::uint32_t local = 0; local < world_.node_size; ++local) {
         std::uint32_t owner = node * world_.node_size + local;
         Sum own;
         for (std::uint32_t e = 0; e < world_.layout.experts_per_rank; ++e) {
           for (std::uint32_t k = 0; k < top_k; ++k) {
             if (experts[k] != std::int64_t{owner} * world_.layout.experts_per_rank + e) continue;
+            lost |= rows[k] == kLost;
+            if (rows[k] == kLost) continue;
             auto row = static_cast<std::size_t>(rows[k]);
             std::vector<float> y = load_row(inputs[owner].y, row, hidden, call.user_dtype);
             if (call.weighted) {
@@ -249,6 +285,7 @@ Reference::Combined Reference::combined(std::size_t call_idx, std::uint32_t rank
         round_row(own.row, publish_dtype, world_.layout.fp8_scale);
         over_mates.add(own.row);
       }
+      if (over_mates.row.empty() && lost) over_mates.row.assign(hidden, 0.0f);  // the row is announced, and comes
       if (over_mates.row.empty()) continue;
       round_row(over_mates.row, call.wire_dtype, world_.layout.fp8_scale);
       over_nodes.add(over_mates.row);
@@ -256,7 +293,7 @@ Reference::Combined Reference::combined(std::size_t call_idx, std::uint32_t rank
     if (!over_nodes.row.empty()) store_row(result.out, token, over_nodes.row, call.user_dtype);
     if (!call.weight_grads) continue;
     for (std::uint32_t k = 0; k < top_k; ++k) {
-      if (experts[k] < 0) continue;
+      if (rows[k] < 0) continue;
       auto owner = static_cast<std::size_t>(experts[k] / world_.layout.experts_per_rank);
       result.topk_weight_grads[token * top_k + k] = inputs[owner].weight_grads[static_cast<std::size_t>(rows[k])];
     }

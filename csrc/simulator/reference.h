@@ -15,10 +15,13 @@ struct RowOrigin {
   std::uint32_t rank, token, topk_pos;
 };
 
-// Rows of one rank's output. The padding of an expert is not listed.
+// Rows of one rank's output, without those that a capacity cut off. The padding of an expert is not listed.
 struct RankRows {
   std::vector<std::int64_t> tokens_per_expert, offsets;
   std::vector<std::pair<std::int64_t, RowOrigin>> rows;
+  std::int64_t num_rows = 0;
+  std::int64_t own_overflow = 0;  // 0, or the rows that the rank needed and did not have
+  std::int64_t overflow = 0;      // the same of all ranks that lost rows of this one's tokens, and of itself
 };
 
 class Reference {
@@ -47,9 +50,12 @@ class Reference {
   CombineInput combine_input(std::size_t call, std::uint32_t rank) const;
 
  private:
+  void cut_off(std::uint32_t plan, std::uint32_t owner);
+
   const Workload& world_;
   std::vector<std::vector<RankRows>> rows_;                     // [plan][rank]
-  std::vector<std::vector<std::vector<std::int64_t>>> row_of_;  // [plan][rank][token * top_k + k]: on the owner
+  std::vector<std::vector<std::vector<std::int64_t>>> row_of_;  // [plan][rank][token * top_k + k]: on the owner;
+                                                                // kNone, kLost
 };
 
 }  // namespace moe_efa::simulator

@@ -41,6 +41,37 @@ Routing make_routing(const Workload& world, std::uint32_t plan, std::uint32_t ra
   return routing;
 }
 
+// Rows that a rank needs, padding included.
+std::int64_t required_rows(const Workload& world, std::uint32_t plan, std::uint32_t rank) {
+  std::vector<std::int64_t> counts(world.layout.experts_per_rank, 0);
+  for (const Routing& routing : world.routings[plan]) {
+    for (std::int64_t expert : routing.topk_idx) {
+      if (expert >= 0 && expert / world.layout.experts_per_rank == rank) {
+        ++counts[static_cast<std::size_t>(expert % world.layout.experts_per_rank)];
+      }
+    }
+  }
+  std::int64_t rows = 0, alignment = world.alignment(rank);
+  for (std::int64_t count : counts) rows += (count + alignment - 1) / alignment * alignment;
+  return rows;
+}
+
+// Of one rank: room for everything, for nearly everything, for some or for nothing.
+std::int64_t make_capacity(std::int64_t rows, Rng& rng) {
+  switch (rng.below(6)) {
+    case 0:
+      return 0;
+    case 1:
+      return rows > 0 ? rows - 1 : 0;
+    case 2:
+      return static_cast<std::int64_t>(rng.below(static_cast<std::uint64_t>(rows) + 1));
+    case 3:
+      return rows + static_cast<std::int64_t>(rng.below(9));
+    default:
+      return rows;
+  }
+}
+
 }  // namespace
 
 Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
@@ -130,6 +161,15 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
     call.weighted = script.chance(0.5);
     call.weight_grads = script.chance(0.4);
     world.script.push_back(call);
+  }
+  Rng fixed(seed, Stream::kStatic);
+  world.own_alignments = fixed.chance(0.3);
+  for (std::uint32_t plan = 0; plan < world.routings.size(); ++plan) {
+    world.capacities.emplace_back();
+    if (!fixed.chance(0.35)) continue;
+    for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
+      world.capacities.back().push_back(make_capacity(required_rows(world, plan, rank), fixed));
+    }
   }
   return world;
 }

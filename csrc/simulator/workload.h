@@ -36,14 +36,18 @@ struct Workload {
   std::uint32_t expert_alignment = 1;
   proto::LayoutConfig layout;
   std::vector<ScriptCall> script;
-  std::vector<std::vector<Routing>> routings;  // [plan][rank]
-  std::vector<double> pace;                    // [rank]: how often the scheduler picks it
-  double event_share = 0.5;                    // of the turns that let the network move
-  double pause_probability = 0;                // of a rank sleeping between two calls
+  std::vector<std::vector<Routing>> routings;         // [plan][rank]
+  std::vector<std::vector<std::int64_t>> capacities;  // [plan][rank] of static mode; [plan] is empty for an exact plan
+  bool own_alignments = false;                        // every rank pads its output in its own way
+  std::vector<double> pace;                           // [rank]: how often the scheduler picks it
+  double event_share = 0.5;                           // of the turns that let the network move
+  double pause_probability = 0;                       // of a rank sleeping between two calls
   double pause_ns = 0;
 
   std::uint32_t num_nodes() const { return num_ranks / node_size; }
   std::uint32_t num_experts() const { return num_ranks * layout.experts_per_rank; }
+  std::uint32_t alignment(std::uint32_t rank) const { return expert_alignment + (own_alignments ? rank % 3 : 0); }
+  bool is_static(std::uint32_t plan) const { return !capacities[plan].empty(); }
   const Routing& routing(const ScriptCall& call, std::uint32_t rank) const { return routings[call.plan][rank]; }
 };
 

@@ -202,7 +202,8 @@ void World::start_call(RankWorld& rank) {
     plan.topk_idx = routing.topk_idx.data();
     plan.topk_weights = routing.topk_weights.data();
     plan.num_tokens = routing.num_tokens;
-    plan.expert_alignment = work_.expert_alignment;
+    plan.expert_alignment = work_.alignment(r);
+    if (work_.is_static(call.plan)) plan.capacity = work_.capacities[call.plan][r];
     plan.num_nics = work_.num_nics;
     rank.plans.push_back(kernels::cpu::build_send_plan(plan, rank.view));
   }
@@ -246,6 +247,10 @@ void World::check_dispatch(const RankWorld& rank) const {
   if (call.kind == ScriptCall::Kind::kDispatch && !same_bits(rank.out_weights, expected.weights)) {
     throw Violation("I3: " + name() + "dispatched weights differ from the reference");
   }
+  if (!plan.is_static()) return;
+  // A replay may come after a combine, which has told the rest.
+  bool told = call.kind == ScriptCall::Kind::kReplay && *plan.overflow == rows.overflow;
+  if (!told && *plan.overflow != rows.own_overflow) throw Violation("I3: " + name() + "overflow of the own experts");
 }
 
 void World::check_combine(const RankWorld& rank) const {
@@ -257,6 +262,12 @@ void World::check_combine(const RankWorld& rank) const {
   if (rank.output != expected.out) throw Violation("I3: " + name() + "combined rows differ from the reference");
   if (call.weight_grads && !same_bits(rank.out_grads, expected.topk_weight_grads)) {
     throw Violation("I3: " + name() + "gradients of the weights differ from the reference");
+  }
+  const kernels::Plan& plan = *rank.plans[call.plan];
+  std::int64_t overflow = reference_.rows(call.plan, rank.topology.rank).overflow;
+  if (plan.is_static() && *plan.overflow != overflow) {
+    throw Violation("I3: " + name() + "overflow " + std::to_string(*plan.overflow) + " where " +
+                    std::to_string(overflow) + " rows were needed");
   }
 }
 

@@ -213,6 +213,7 @@ def _expert_factors(num_experts: int) -> Tensor:
 
 
 def _apply_experts(d: DispatchResult, first_expert: int, num_experts: int) -> Tensor:
+    assert d.tokens_per_expert is not None
     own = _expert_factors(num_experts)[first_expert : first_expert + len(d.tokens_per_expert)]
     return d.x * own.repeat_interleave(d.tokens_per_expert)[:, None].to(d.x.dtype)
 

@@ -204,6 +204,7 @@ class MoELayer(nn.Module):
             expert_alignment=self.expert_alignment,
         )
         if records:
+            assert received.tokens_per_expert is not None  # no capacity was given
             self.tokens_per_expert = received.tokens_per_expert
         early = self.apply_weights == "before_down_proj"
         y = self.experts(received.x, received.offsets, received.weights if early else None)

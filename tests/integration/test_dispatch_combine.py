@@ -91,6 +91,7 @@ class Case:
     fp8_scale: str = "fp32"
     chunk_rows: int = 0
     slots: int = 0
+    room: str = ""  # static mode: one of ROOM
 
     @property
     def id(self) -> str:
@@ -106,6 +107,7 @@ class Case:
         parts += [self.fp8_scale] if self.fp8_scale != "fp32" else []
         parts += [f"chunk{self.chunk_rows}"] if self.chunk_rows else []
         parts += [f"slots{self.slots}"] if self.slots else []
+        parts += [f"room-{self.room}"] if self.room else []
         return "-".join(parts)
 
     @property
@@ -141,6 +143,15 @@ class Case:
         )
 
 
+# Capacities of static mode, from a rank and the rows that it needs.
+ROOM: dict[str, Callable[[int, int], int]] = {
+    "for-all": lambda rank, rows: rows + rank,
+    "for-all-but-one": lambda rank, rows: max(0, rows - 1),
+    "for-none": lambda rank, rows: 0,
+    "for-some": lambda rank, rows: rows // 2 if rank % 2 else rows,
+}
+
+
 class World:
     """The inputs of all ranks of a case and what the oracle makes of them. Equal on every rank."""
 
@@ -162,7 +173,13 @@ class World:
         self.topk_idx = [routing.topk_idx for routing in routings]
         self.topk_weights = [routing.topk_weights for routing in routings]
         self.x = [randn(count, case.hidden_size) for count in counts]
-        self.plan = reference.make_plan(self.topk_idx, num_experts=case.num_experts, expert_alignment=case.alignment)
+        make_plan = functools.partial(
+            reference.make_plan, self.topk_idx, num_experts=case.num_experts, expert_alignment=case.alignment
+        )
+        self.plan = make_plan()
+        if case.room:
+            needed = enumerate(self.plan.required_capacity)
+            self.plan = make_plan(capacity=[ROOM[case.room](rank, rows) for rank, rows in needed])
         self.y = [randn(len(rows), case.hidden_size) for rows in self.plan.rows]
         for y, rows in zip(self.y, self.plan.rows, strict=True):
             y[[row is None for row in rows]] = NAN
@@ -203,7 +220,14 @@ class World:
             fp8_scale=scale,
         )
         assert grad_topk_weights is not None
+        overflow = {}
+        if case.room:
+            overflow = {
+                "overflow after dispatch": torch.tensor(self.plan.overflow_of_experts(rank)),
+                "overflow after combine": torch.tensor(self.plan.overflow(rank)),
+            }
         return {
+            **overflow,
             "d.x": received[rank].x,
             "d.tokens_per_expert": received[rank].tokens_per_expert,
             "d.offsets": received[rank].offsets,
@@ -220,11 +244,18 @@ class World:
         rank = ep.rank
         x = self.x[rank].clone().requires_grad_()
         topk_weights = self.topk_weights[rank].clone().requires_grad_()
-        d = ep.dispatch(x, self.topk_idx[rank], topk_weights, expert_alignment=self.case.alignment)
+        capacity = None if self.plan.capacity is None else self.plan.capacity[rank]
+        d = ep.dispatch(x, self.topk_idx[rank], topk_weights, expert_alignment=self.case.alignment, capacity=capacity)
+        assert (d.tokens_per_expert is None) == (d.counts is not None) == (capacity is not None)
+        overflow = {}
+        if d.overflow is not None:
+            overflow["overflow after dispatch"] = d.overflow.clone()
         d.weights.retain_grad()
         y = self.y[rank].clone().requires_grad_()
         assert y.shape == d.x.shape, f"dispatch gave {tuple(d.x.shape)}, the oracle {tuple(y.shape)}"
         out = ep.combine(y, d.handle, weighted=self.case.weighted)
+        if d.overflow is not None:
+            overflow["overflow after combine"] = d.overflow.clone()
         torch.autograd.backward(
             [out, d.x, d.weights], [self.grad_out[rank], self.grad_rows[rank], self.grad_weights[rank]]
         )
@@ -233,8 +264,9 @@ class World:
         assert topk_weights.grad is not None
         assert d.weights.grad is not None
         return {
+            **overflow,
             "d.x": d.x.detach(),
-            "d.tokens_per_expert": d.tokens_per_expert,
+            "d.tokens_per_expert": d.tokens_per_expert if d.counts is None else d.counts,
             "d.offsets": d.offsets,
             "d.weights": d.weights.detach(),
             "out": out.detach(),
@@ -288,8 +320,15 @@ def grid() -> list[Case]:
             Case(setting, dtype="bf16", hidden_size=200, uneven=True, drop_fraction=0.2, alignment=8, **fp8),
             Case(setting, dtype="fp32", hidden_size=40, grad_wire_dtype="fp8", fp8_scale="ue8m0", **fp8),
         ]
+    for setting in itertools.chain.from_iterable(settings_of(num_ranks) for num_ranks in (1, 2, 4)):
+        cases += [
+            Case(setting, room="for-some", uneven=True, alignment=4, chunk_rows=4, slots=2, combine_dtype="fp32"),
+        ]
     for setting in settings_of(4):
         cases += [
+            Case(setting, room="for-all-but-one", pattern="one_expert", alignment=4, weighted=False, **fp8),
+            Case(setting, room="for-none", pattern="duplicates", hidden_size=200, uneven=True, **fp8),
+            Case(setting, room="for-all", dtype="fp32", uneven=True, drop_fraction=0.3, alignment=8),
             Case(setting, hidden_size=256, wire_dtype="fp8", combine_dtype="bf16"),
             Case(setting, hidden_size=130, dtype="fp32", wire_dtype="fp8", combine_dtype="fp32", fp8_scale="ue8m0"),
             Case(setting, hidden_size=128, combine_dtype="fp8", grad_wire_dtype="bf16", dtype="fp32", weighted=False),
@@ -439,6 +478,47 @@ def fp8_rows_handed_through(rank: int, group: dist.ProcessGroup, setting: Settin
         assert_bitwise(out.detach(), expected["out"])
         assert topk_weights.grad is not None
         assert_bitwise(topk_weights.grad, expected["topk_weights.grad"])
+
+
+def a_step_is_repeated_until_it_fits(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
+    """Tokens crowd on one rank, so that only some of the others hear of it, and all have to repeat the step."""
+
+    def routed(source: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, topk_idx, topk_weights = tensors_for(source, ep, 0, tokens=8)
+        crowded = source % 2 == 0
+        own = source * ep.num_local_experts
+        return x, torch.full_like(topk_idx, 0 if crowded else own), topk_weights
+
+    with setting.open(group) as ep:
+        worlds = [routed(source) for source in range(setting.num_ranks)]
+        x, topk_idx, topk_weights = (list(parts) for parts in zip(*worlds, strict=True))
+        capacity, attempts, told = 16, 0, []
+        while True:
+            leaf = x[rank].clone().requires_grad_()
+            d = ep.dispatch(leaf, topk_idx[rank], topk_weights[rank], capacity=capacity)
+            out = ep.combine(d.x, d.handle)
+            out.sum().backward()
+            attempts += 1
+            assert d.overflow is not None
+            told.append(int(d.overflow))
+            needed = d.overflow.clone()
+            dist.all_reduce(needed, dist.ReduceOp.MAX, group=group)
+            if not needed:
+                break
+            capacity = int(needed)
+        exact = ep.dispatch(x[rank], topk_idx[rank], topk_weights[rank])
+        assert_bitwise(out.detach(), ep.combine(exact.x, exact.handle))
+        # A rank that gives a capacity where others give none is told so, and nobody gets anything wrong.
+        dist.barrier(group)
+        if setting.num_ranks > 1:
+            with pytest.raises(TransportError, match=r"ranks issued different calls: .* with a capacity"):
+                ep.dispatch(x[rank], topk_idx[rank], topk_weights[rank], capacity=64 if rank else None)
+    crowd = 8 * 2 * -(-setting.num_ranks // 2)
+    if setting.num_ranks <= 2:
+        assert (attempts, told) == (1, [0])
+    else:
+        assert attempts == 2
+        assert told == [crowd if rank % 2 == 0 else 0, 0]
 
 
 def objects_share_natives_of_equal_configuration(rank: int, group: dist.ProcessGroup, setting: Setting) -> None:
@@ -738,6 +818,7 @@ SCENARIOS: list[Callable[[int, dist.ProcessGroup, Setting], None]] = [
     handles_in_any_order,
     replay_with_a_handle,
     fp8_rows_handed_through,
+    a_step_is_repeated_until_it_fits,
     objects_share_natives_of_equal_configuration,
     calls_from_another_thread,
     three_runs_are_bitwise_equal,

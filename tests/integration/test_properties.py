@@ -5,6 +5,8 @@ Ranks are threads here, so that hypothesis can build hundreds of groups and shri
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_efa import ExpertParallelConfig, reference
+from moe_efa import ExpertParallelConfig, plan_tensor, reference
 from moe_efa.native_group import NativeGroup
 from moe_efa.testing import assert_bitwise
 from moe_efa.testing.in_process import in_process_ranks
@@ -45,6 +47,7 @@ class World:
     fp8_scale: str
     chunk_rows: int
     slots: int
+    room: tuple[str, ...]  # per rank, in static mode; empty otherwise
     scale: float
     seed: int
 
@@ -82,6 +85,16 @@ class World:
         return out
 
 
+# Capacities of static mode, from the rows that a rank needs.
+ROOM: dict[str, Callable[[int], int]] = {
+    "all": lambda rows: rows,
+    "one less": lambda rows: max(0, rows - 1),
+    "half": lambda rows: rows // 2,
+    "none": lambda rows: 0,
+    "more": lambda rows: rows + 5,
+}
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
     num_nodes, node_size = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (3, 1), (4, 1), (2, 3)]))
@@ -108,6 +121,9 @@ def worlds(draw: st.DrawFn) -> World:
         fp8_scale=draw(st.sampled_from(["fp32", "ue8m0"])),
         chunk_rows=draw(st.sampled_from([0, 1, 3, 8, 64])),
         slots=draw(st.sampled_from([0, 2, 3])),
+        room=tuple(draw(st.lists(st.sampled_from(sorted(ROOM)), min_size=num_ranks, max_size=num_ranks)))
+        if draw(st.booleans())
+        else (),
         scale=draw(st.sampled_from([1.0, 1e-30, 1e4])),
         seed=draw(st.integers(0, 1 << 20)),
     )
@@ -131,11 +147,16 @@ def check_round(world: World) -> None:
     ]
     weights = [routing.topk_weights for routing in routings]
     x = world.rows(list(world.num_tokens), world.x_dtype, 1)
-    plan = reference.make_plan(
+    make_plan = functools.partial(
+        reference.make_plan,
         [routing.topk_idx for routing in routings],
         num_experts=config.num_experts,
         expert_alignment=world.expert_alignment,
     )
+    plan = make_plan()
+    if world.room:
+        required = zip(world.room, plan.required_capacity, strict=True)
+        plan = make_plan(capacity=[ROOM[room](rows) for room, rows in required])
     received = reference.dispatch(x, weights, plan, wire_dtype=config.wire_dtype, fp8_scale=config.fp8_scale)
     note(f"rows per rank {[len(d.x) for d in received]}")
     y = world.rows([len(d.x) for d in received], world.y_dtype, 2)
@@ -159,20 +180,32 @@ def check_round(world: World) -> None:
         for turn in ("first", "second"):  # the second reuses slots
             what = f"rank {rank}, {turn} round: "
             native_plan, rows, got_weights = group.dispatch(
-                x[rank], routings[rank].topk_idx, weights[rank], world.expert_alignment
+                x[rank],
+                routings[rank].topk_idx,
+                weights[rank],
+                world.expert_alignment,
+                None if plan.capacity is None else plan.capacity[rank],
             )
+            overflow = plan_tensor.overflow_of(native_plan)
+            assert overflow.shape == (() if world.room else (0,))
+            if world.room:
+                assert int(overflow) == plan.overflow_of_experts(rank), what + "overflow after dispatch"
             assert_bitwise(rows, received[rank].x, what + "rows")
             assert_bitwise(got_weights, received[rank].weights, what + "weights")
             assert tuple(native_plan.offsets) == plan.offsets[rank]
             assert tuple(native_plan.tokens_per_expert) == plan.tokens_per_expert[rank]
             got, _ = group.combine(y[rank], native_plan, weights=None if row_weights is None else row_weights[rank])
             assert_bitwise(got, out[rank], what + "combine")
+            if world.room:
+                assert int(overflow) == plan.overflow(rank), what + "overflow after combine"
             replayed = group.replay(grad_out[rank], native_plan, gradient=True)
             assert_bitwise(replayed, grad_rows[rank], what + "replayed gradients")
             got_x, got_topk = group.combine(y[rank], native_plan, weight_grads=grad_weights[rank], gradient=True)
             assert got_topk is not None
             assert_bitwise(got_x, grad_x[rank], what + "grad_x")
             assert_bitwise(got_topk, grad_topk[rank], what + "grad_topk_weights")
+            if world.room:
+                assert int(overflow) == plan.overflow(rank), what + "overflow in the end"
 
     with in_process_ranks(config, world.num_ranks) as group:
         group.run(round_trip)

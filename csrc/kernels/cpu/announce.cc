@@ -23,9 +23,10 @@ namespace {
                      std::uint32_t dtype, std::uint64_t call) {
     bool replay = (flags & proto::kFlagReplay) != 0;
     bool grads = (flags & proto::kFlagWeightGrads) != 0;
+    bool fixed = (flags & proto::kFlagStatic) != 0;
     text << proto::phase_name(phase) << " epoch " << epoch << (replay ? ", replaying" : ", of") << " plan " << plan
-         << (grads ? " with weight gradients" : "") << " in " << proto::dtype_name(static_cast<proto::DType>(dtype))
-         << " as call " << call;
+         << (grads ? " with weight gradients" : "") << (fixed ? " with a capacity" : "") << " in "
+         << proto::dtype_name(static_cast<proto::DType>(dtype)) << " as call " << call;
   };
   std::ostringstream text;
   text << "ranks issued different calls: rank " << context.view.topology.rank << " is in ";
@@ -77,6 +78,8 @@ void announce(const CallContext& context, const Announcement& own, const RingFac
     record.rows = facts[node]->rows;
     record.rows_per_chunk = facts[node]->rows_per_chunk;
     record.num_chunks = facts[node]->num_chunks;
+    record.capacity = own.capacity;
+    record.expert_alignment = own.expert_alignment;
     std::uint64_t offset = node == own_node ? view.layout.counts(own.phase, node, own.epoch)
                                             : view.layout.counts_send(own.phase, node, own.epoch);
     std::byte* to = view.own() + offset;

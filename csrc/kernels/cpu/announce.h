@@ -16,6 +16,7 @@ struct Announcement {
   std::uint64_t plan_id = 0;
   std::uint8_t flags = 0;
   proto::DType dtype = proto::DType::kBf16;
+  std::uint32_t capacity = 0, expert_alignment = 0;  // with kFlagStatic; they may differ between ranks
 };
 
 // Raises the begun word, then writes one CountsRecord per node: to the own board, and to the rail peers through the

@@ -75,6 +75,7 @@ bool CombineCall::step() {
   for (std::uint32_t node = 0; node < context_.view.topology.num_nodes(); ++node) {
     if (forwarded_[node] < ring_facts(context_.view.topology.local_rank(), node).num_chunks) return moved;
   }
+  if (overflow_ > 0) args_.plan->raise_overflow(overflow_);
   done_ = true;
   return true;
 }
@@ -238,7 +239,8 @@ bool CombineCall::step_forward() {
   });
   for (const Item& item : items) {
     if (nodes == 1) {
-      // The result is where it belongs.
+      // The result is where it belongs, and what it lacks is known here.
+      overflow_ = std::max(overflow_, args_.plan->overflow_of(0, item.chunk));
     } else if (item.node == own_node) {
       // Publishes the chunk to this rank's own reduce.
       store_release(view.own_word(view.layout.arrived(kPhase, own_node, item.seq)), item.seq + 1);
@@ -255,7 +257,7 @@ bool CombineCall::step_forward() {
   return true;
 }
 
-void CombineCall::check_chunk(std::uint32_t node, std::uint32_t chunk) const {
+void CombineCall::check_chunk(std::uint32_t node, std::uint32_t chunk) {
   const proto::NodeView& view = context_.view;
   const RingFacts& facts = args_.plan->send[node].facts;
   std::uint64_t seq = receive_base_[node] + chunk;
@@ -264,7 +266,9 @@ void CombineCall::check_chunk(std::uint32_t node, std::uint32_t chunk) const {
   if (header.seq == seq && header.epoch == own_.epoch && header.plan_id == own_.plan_id &&
       header.first_row == facts.first_row(chunk) && header.rows == facts.rows_in(chunk) &&
       header.dtype == static_cast<std::uint32_t>(own_.dtype) &&
-      ((header.flags ^ own_.flags) & proto::kFlagWeightGrads) == 0) {
+      ((header.flags ^ own_.flags) & proto::kFlagWeightGrads) == 0 &&
+      (header.required_capacity == 0 || args_.plan->is_static())) {
+    overflow_ = std::max(overflow_, header.required_capacity);
     return;
   }
   std::uint32_t rank = view.topology.rail_peer(node);

@@ -27,7 +27,7 @@ class CombineCall {
   bool step_forward();
   bool step_reduce();
   bool slot_is_free(std::uint32_t node, std::uint64_t seq) const;
-  void check_chunk(std::uint32_t node, std::uint32_t chunk) const;
+  void check_chunk(std::uint32_t node, std::uint32_t chunk);
   const RingFacts& ring_facts(std::uint32_t local, std::uint32_t node) const;
   std::size_t ring_index(std::uint32_t local, std::uint32_t node) const;
 
@@ -42,6 +42,7 @@ class CombineCall {
   std::vector<std::uint64_t> receive_base_;  // [node]
   std::vector<std::uint32_t> received_;      // [node]: chunks that have arrived without a gap
   std::uint32_t tokens_done_ = 0;
+  std::uint64_t overflow_ = 0;  // the largest capacity that was told
 };
 
 }  // namespace moe_efa::kernels::cpu

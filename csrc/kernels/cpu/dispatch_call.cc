@@ -39,6 +39,12 @@ DispatchCall::DispatchCall(const CallContext& context, const DispatchArgs& args)
   if (!replay_) args_.plan->plan_id = own_.epoch;
   own_.plan_id = args_.plan->plan_id;
   own_.flags = replay_ ? proto::kFlagReplay : 0;
+  if (!replay_ && args_.plan->is_static()) {
+    own_.flags = proto::kFlagStatic;
+    own_.capacity = static_cast<std::uint32_t>(args_.plan->capacity);
+    own_.expert_alignment = args_.plan->expert_alignment;
+    static_sizes_.emplace(context_.view);
+  }
   own_.dtype = args_.wire_dtype;
   first_seq_ = state.dispatch_sent;
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
@@ -186,6 +192,10 @@ bool DispatchCall::step_counts() {
       }
       std::copy_n(counts.begin() + view.topology.local_rank() * config.experts_per_rank, config.experts_per_rank,
                   expert_counts_.begin() + std::size_t{source} * config.experts_per_rank);
+      if (!static_sizes_) continue;
+      if (record.capacity > INT32_MAX || record.expert_alignment == 0) reject(source, "an impossible output");
+      static_sizes_->set_counts(source, counts.data());
+      if (node == view.topology.node()) static_sizes_->set_output(local, record.capacity, record.expert_alignment);
     }
   }
   if (!all) {
@@ -215,6 +225,7 @@ void DispatchCall::finish_sizes() {
     plan.offsets[expert + 1] =
         plan.offsets[expert] + common::round_up<std::int64_t>(plan.tokens_per_expert[expert], plan.expert_alignment);
   }
+  if (static_sizes_) fit_capacity();
   if (plan.offsets.back() > INT32_MAX) {
     throw common::StatusError({common::StatusCode::kInternal, -1, 0, static_cast<std::int64_t>(own_.epoch), -1,
                                "more than 2^31 rows for one rank"});
@@ -231,6 +242,25 @@ void DispatchCall::finish_sizes() {
     plan.masks[node].assign(
         std::size_t{rings_[ring_index(context_.view.topology.local_rank(), node)].facts.rows} * plan.mask_bytes, 0);
   }
+  if (!static_sizes_ || !static_sizes_->any_lost()) return;
+  plan.chunk_overflow.resize(config.num_nodes);
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    plan.chunk_overflow[node].assign(rings_[ring_index(context_.view.topology.local_rank(), node)].facts.num_chunks, 0);
+  }
+}
+
+// Places stay what they are; those that the output does not have are cut off, whosever they are.
+void DispatchCall::fit_capacity() {
+  static_sizes_->finish();
+  Plan& plan = *args_.plan;
+  std::int64_t usable = plan.usable_rows();
+  if (plan.offsets.back() > usable) plan.raise_overflow(static_cast<std::uint64_t>(plan.offsets.back()));
+  for (std::size_t expert = 0; expert < plan.tokens_per_expert.size(); ++expert) {
+    std::int64_t end = std::min(plan.offsets[expert] + plan.tokens_per_expert[expert], usable);
+    plan.offsets[expert] = std::min(plan.offsets[expert], usable);
+    plan.tokens_per_expert[expert] = end - plan.offsets[expert];
+  }
+  plan.offsets.back() = std::min(plan.offsets.back(), usable);
 }
 
 void DispatchCall::set_output(const DispatchOutput& output) {
@@ -239,16 +269,19 @@ void DispatchCall::set_output(const DispatchOutput& output) {
   output_ = output;
   output_set_ = true;
   std::uint64_t stride = std::uint64_t{config.hidden_size} * proto::dtype_bytes(args_.out_dtype);
-  for (std::uint32_t expert = 0; expert < config.experts_per_rank; ++expert) {
-    std::int64_t begin = plan.offsets[expert] + plan.tokens_per_expert[expert], end = plan.offsets[expert + 1];
-    if (begin == end) continue;
+  auto clear = [&](std::int64_t begin, std::int64_t end) {
+    if (begin == end) return;
     std::memset(static_cast<std::byte*>(output.x) + begin * stride, 0, (end - begin) * stride);
     if (args_.out_dtype == proto::DType::kFp8) {
       std::uint32_t blocks = proto::fp8_blocks(config.hidden_size);
       std::fill(output.scales + begin * blocks, output.scales + end * blocks, 1.0f);
     }
     if (!replay_) std::memset(output.weights + begin, 0, (end - begin) * sizeof(float));
+  };
+  for (std::uint32_t expert = 0; expert < config.experts_per_rank; ++expert) {
+    clear(plan.offsets[expert] + plan.tokens_per_expert[expert], plan.offsets[expert + 1]);
   }
+  clear(plan.offsets.back(), plan.rows());
 }
 
 bool DispatchCall::step_pull() {
@@ -293,10 +326,11 @@ bool DispatchCall::step_pull() {
     std::uint64_t seq = ring.first_seq + item.chunk;
     std::size_t source =
         std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
-    pull_chunk({args_.plan.get(), &output_, args_.out_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
-                own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
-                expert_counts_.data() + source, expert_base_.data() + source},
-               view);
+    pull_chunk(
+        {args_.plan.get(), &output_, args_.out_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
+         own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
+         expert_counts_.data() + source, expert_base_.data() + source, static_sizes_ ? &*static_sizes_ : nullptr},
+        view);
   });
   for (const Item& item : items) release(item);
   for (std::uint32_t local = 0; local < mates; ++local) {

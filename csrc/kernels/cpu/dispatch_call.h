@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "kernels/cpu/announce.h"
+#include "kernels/cpu/static_sizes.h"
 #include "kernels/launch.h"
 
 namespace moe_efa::kernels::cpu {
@@ -18,7 +20,7 @@ class DispatchCall {
   bool step();
   // All counts are in: plan->offsets and tokens_per_expert are final, and set_output may be called.
   bool sizes_known() const { return sizes_known_; }
-  // Zeroes the padding rows; the other rows are written by the pulls.
+  // Zeroes the rows that no pull writes: padding, and in static mode what is behind the last expert.
   void set_output(const DispatchOutput& output);
   // Output complete and all duties done or in the driver's hands (I13).
   bool done() const { return done_; }
@@ -41,6 +43,7 @@ class DispatchCall {
   bool step_counts();
   bool step_pull();
   void finish_sizes();
+  void fit_capacity();
   void finish();
   bool slot_is_free(std::uint32_t node, std::uint64_t seq) const;
   std::size_t ring_index(std::uint32_t local, std::uint32_t node) const;
@@ -57,6 +60,7 @@ class DispatchCall {
   std::vector<Ring> rings_;                   // [local * nodes + node]
   std::vector<std::uint32_t> expert_counts_;  // [source rank][own expert]
   std::vector<std::int64_t> expert_base_;     // the same, first output row
+  std::optional<StaticSizes> static_sizes_;   // of a fresh dispatch in static mode
 };
 
 }  // namespace moe_efa::kernels::cpu

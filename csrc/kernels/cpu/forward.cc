@@ -3,10 +3,14 @@
 #include <cstring>
 #include <vector>
 
+#include "common/mutant.h"
 #include "kernels/cpu/node_sums.h"
 #include "kernels/cpu/rows.h"
 
 namespace moe_efa::kernels::cpu {
+
+using common::Mutant;
+using common::mutant;
 
 namespace {
 
@@ -39,6 +43,9 @@ std::uint32_t forward_chunk(const ForwardArgs& args, const proto::NodeView& view
   header.rows = num_rows;
   header.first_row = facts.first_row(args.chunk);
   header.total_bytes = static_cast<std::uint32_t>(proto::combine_chunk_bytes(grads, num_rows, config.top_k, row_bytes));
+  if (!mutant(Mutant::kOverflowUntold)) {
+    header.required_capacity = combine.plan->overflow_of(args.source_node, args.chunk);
+  }
   std::memcpy(args.slot, &header, sizeof(header));
 
   std::byte* hidden = args.slot + sizeof(header);

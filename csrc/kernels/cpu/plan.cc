@@ -22,6 +22,8 @@ std::shared_ptr<Plan> build_send_plan(const PlanArgs& args, const proto::NodeVie
   auto plan = std::make_shared<Plan>();
   plan->num_tokens = args.num_tokens;
   plan->expert_alignment = args.expert_alignment;
+  plan->capacity = args.capacity;
+  if (plan->is_static()) plan->overflow = std::make_shared<std::int64_t>(0);
   plan->send.resize(config.num_nodes);
   for (SendPlan& send : plan->send) {
     send.entry_begin.push_back(0);

@@ -16,6 +16,7 @@ struct PlanArgs {
   std::uint32_t num_tokens = 0;
   std::uint32_t expert_alignment = 1;
   std::uint32_t num_nics = 1;
+  std::int64_t capacity = Plan::kExact;  // rows of the output in static mode
 };
 
 // Throws StatusError(kInvalid) on an expert id outside [-1, num_experts); nothing has been sent then (I17).

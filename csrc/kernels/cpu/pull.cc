@@ -1,15 +1,20 @@
 #include "kernels/cpu/pull.h"
 
+#include <algorithm>
 #include <cstring>
 #include <sstream>
 #include <vector>
 
 #include "common/check.h"
+#include "common/mutant.h"
 #include "common/status.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/stream.h"
 
 namespace moe_efa::kernels::cpu {
+
+using common::Mutant;
+using common::mutant;
 
 namespace {
 
@@ -22,6 +27,7 @@ namespace {
 }
 
 // Reads the metadata of a fresh chunk into the plan: own rows, and for the own rail which mates take part in each row.
+// A mate without room for any row of a token takes no part in it.
 void read_metadata(const PullArgs& args, const proto::NodeView& view, const proto::ChunkHeader& header) {
   const proto::LayoutConfig& config = view.layout.config();
   Plan& plan = *args.plan;
@@ -31,6 +37,8 @@ void read_metadata(const PullArgs& args, const proto::NodeView& view, const prot
   const std::byte* meta = args.slot + sizeof(proto::ChunkHeader);
   const std::byte* entries = meta + header.rows * sizeof(proto::RowMeta);
   std::uint32_t first_expert = view.topology.local_rank() * config.experts_per_rank;
+  std::int64_t usable_rows = plan.usable_rows();
+  std::uint64_t overflow = 0;
   std::uint32_t at = 0;
   for (std::uint32_t row = 0; row < header.rows; ++row) {
     proto::RowMeta row_meta;
@@ -45,17 +53,26 @@ void read_metadata(const PullArgs& args, const proto::NodeView& view, const prot
       if (entry.expert >= config.experts_per_rank * config.node_size || entry.topk_pos >= config.top_k) {
         reject(args, view, "expert or top-k position out of range");
       }
-      mask |= 1ull << entry.expert / config.experts_per_rank;
+      std::uint64_t lost = args.static_sizes != nullptr && own_rail
+                               ? args.static_sizes->overflow(args.source_node, entry.expert, entry.index)
+                               : 0;
+      overflow = std::max(overflow, lost);
+      if (lost == 0 || mutant(Mutant::kLostRowsSummed)) mask |= 1ull << entry.expert / config.experts_per_rank;
       std::uint32_t expert = entry.expert - first_expert;  // wraps for experts of lower mates
       if (expert >= config.experts_per_rank) continue;
       if (entry.index >= args.expert_counts[expert]) reject(args, view, "index beyond the announced count");
-      auto out_row = static_cast<std::uint32_t>(args.expert_base[expert] + entry.index);
+      std::int64_t place = args.expert_base[expert] + entry.index;
+      if (place >= usable_rows) continue;
+      auto out_row = static_cast<std::uint32_t>(place);
       pulls.push_back({row << PullEntry::kTopKBits | entry.topk_pos, out_row});
       args.output->weights[out_row] = entry.weight;
     }
     if (own_rail) plan.set_mask(args.source_node, header.first_row + row, mask);
   }
   if (at != header.num_entries) reject(args, view, "entries left over");
+  if (overflow == 0) return;
+  if (plan.chunk_overflow.empty()) reject(args, view, "index beyond the announced count of a mate");
+  plan.chunk_overflow[args.source_node][args.chunk] = overflow;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cpu/static_sizes.h"
 #include "kernels/launch.h"
 
 namespace moe_efa::kernels::cpu {
@@ -24,6 +25,7 @@ struct PullArgs {
   // Fresh dispatch only: rows of this source per own expert, and where they start in the output.
   const std::uint32_t* expert_counts = nullptr;  // [experts_per_rank]
   const std::int64_t* expert_base = nullptr;     // [experts_per_rank]
+  const StaticSizes* static_sizes = nullptr;     // null where the output has room for every row
 };
 
 // Throws StatusError(kProtocol) naming the source when a field cannot be right.

@@ -347,6 +347,7 @@ TEST_CASE("every-field-of-a-header-is-checked") {
       {"out of range", [](proto::ChunkHeader& h) { h.num_entries = 5; }, 0},
       {"out of range", [](proto::ChunkHeader& h) { h.num_entries = ~0u; }, 0},
       {"last mark", [](proto::ChunkHeader& h) { h.flags |= proto::kFlagLast; }, 0},
+      {"overflow told by a dispatch", [](proto::ChunkHeader& h) { h.required_capacity = 1; }, 0},
       {"size", [](proto::ChunkHeader& h) { h.flags |= proto::kFlagReplay; }, 0},
       {"size", [](proto::ChunkHeader& h) { ++h.total_bytes; }, 0},
   };

@@ -2,7 +2,9 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +33,7 @@ struct Pair {
   kernels::DispatchOutput output;
   std::vector<std::uint32_t> counts = {2, 2};
   std::vector<std::int64_t> base = {10, 20};
+  std::optional<kernels::cpu::StaticSizes> static_sizes;
 
   Pair() {
     config.num_nodes = 2;
@@ -57,9 +60,33 @@ struct Pair {
     output = {out.data(), weights.data()};
   }
 
+  // The same between nodes of two ranks: rank 0 to rank 2, which owns expert 2 as its mate owns expert 3. They have
+  // room for so many rows.
+  Pair(std::uint32_t capacity, std::uint32_t mates_capacity) : Pair() {
+    config.node_size = 2;
+    config.experts_per_rank = 1;
+    sender = {{4, 2, 0}, proto::RegionLayout(config, 0), nullptr};
+    receiver = {{4, 2, 2}, proto::RegionLayout(config, 1), nullptr};
+    args.plan = kernels::cpu::build_send_plan({topk.data(), topk_weights.data(), 3, 1, 1}, sender);
+    args.plan->plan_id = 7;
+    kernels::cpu::pack_chunk({&args, 1, 0, 33, 7, slot.data()}, sender);
+    plan.rings = {args.plan->send[1].facts, {}, {}, {}};
+    plan.pulls = {{{}}, {}, {}, {}};
+    plan.capacity = capacity;
+    counts = {2};
+    base = {0};
+    static_sizes.emplace(receiver);
+    std::uint32_t node_counts[] = {2, 2};
+    static_sizes->set_counts(0, node_counts);
+    static_sizes->set_output(0, capacity, 1);
+    static_sizes->set_output(1, mates_capacity, 1);
+    static_sizes->finish();
+    if (static_sizes->any_lost()) plan.chunk_overflow = {{0}, {}};
+  }
+
   void pull() {
     kernels::cpu::pull_chunk({&plan, &output, proto::DType::kFp32, proto::DType::kFp32, 0, 0, 0, 33, 7, false,
-                              slot.data(), counts.data(), base.data()},
+                              slot.data(), counts.data(), base.data(), static_sizes ? &*static_sizes : nullptr},
                              receiver);
   }
   template <typename T>
@@ -134,6 +161,27 @@ TEST_CASE("stores-past-the-caches-write-the-same-bytes-and-no-other") {
   }
 }
 
+TEST_CASE("pull-places-what-there-is-room-for-and-notes-what-is-lost") {
+  struct Case {
+    std::uint32_t capacity, mates_capacity;
+    std::vector<std::uint8_t> masks;
+    std::uint64_t overflow;
+    std::size_t pulled;
+  };
+  // Token 0 goes to both, token 1 to the mate, token 2 here.
+  const Case cases[] = {
+      {2, 2, {3, 2, 1}, 0, 2}, {2, 1, {3, 0, 1}, 2, 2}, {1, 5, {3, 2, 0}, 2, 1}, {0, 0, {0, 0, 0}, 2, 0}};
+  for (const Case& expected : cases) {
+    Pair pair(expected.capacity, expected.mates_capacity);
+    pair.pull();
+    CHECK(pair.plan.masks[0] == expected.masks);
+    CHECK(pair.plan.overflow_of(0, 0) == expected.overflow);
+    CHECK(pair.plan.pulls[0][0].size() == expected.pulled);
+    CHECK(std::count(pair.weights.begin(), pair.weights.end(), -1.0f) == 30 - static_cast<long>(expected.pulled));
+    CHECK(std::all_of(pair.out.begin() + expected.pulled * kHidden, pair.out.end(), [](float v) { return v == -1; }));
+  }
+}
+
 TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {
   refused(offsetof(proto::ChunkHeader, seq), std::uint64_t{34}, "another chunk");
   refused(offsetof(proto::ChunkHeader, epoch), std::uint64_t{6}, "another chunk");
@@ -155,4 +203,7 @@ TEST_CASE("pull-refuses-metadata-out-of-bounds") {
   refused(kEntries + offsetof(proto::RowEntry, expert), std::uint16_t{2}, "expert or");
   refused(kEntries + offsetof(proto::RowEntry, topk_pos), std::uint16_t{2}, "expert or");
   refused(kEntries + kEntryBytes, 2u, "announced count");
+  Pair pair(2, 2);  // the second entry is for the mate, who has room for everything that was announced
+  pair.patch(kEntries + kEntryBytes, 2u);
+  pair.check_refused("announced count of a mate");
 }

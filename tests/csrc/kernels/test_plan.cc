@@ -1,4 +1,5 @@
 // The send plan: rows in token order, entries by (expert, top-k position), counts and cuts; bad experts are refused.
+// Static mode: what a node's ranks have room for, by hand.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
@@ -8,6 +9,7 @@
 
 #include "common/status.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/cpu/static_sizes.h"
 
 using namespace moe_efa;
 using kernels::SendPlan;
@@ -87,4 +89,32 @@ TEST_CASE("plan-refuses-an-expert-out-of-range-and-names-it") {
       CHECK(std::string(error.what()).find("topk_idx[1, 1] is " + std::to_string(bad)) != std::string::npos);
     }
   }
+}
+
+TEST_CASE("what-mates-have-room-for-by-hand") {
+  // Seen from rank 0 of 2 nodes of 2 ranks, 2 experts each. Sources 0..3 send to experts 0, 1 (mate 0), 2, 3 (mate 1):
+  constexpr std::uint32_t kCounts[4][4] = {{1, 0, 2, 1}, {0, 3, 1, 0}, {2, 0, 0, 4}, {1, 1, 0, 0}};
+  auto sizes_of = [&](std::uint32_t capacity, std::uint32_t alignment, std::uint32_t mates_capacity) {
+    kernels::cpu::StaticSizes sizes(view_of(2, 2, 2, 3));
+    for (std::uint32_t source = 0; source < 4; ++source) sizes.set_counts(source, kCounts[source]);
+    sizes.set_output(0, capacity, alignment);
+    sizes.set_output(1, mates_capacity, 1);
+    sizes.finish();
+    return sizes;
+  };
+  CHECK(!sizes_of(8, 1, 8).any_lost());  // each needs 8 rows
+  CHECK(!sizes_of(8, 4, 100).any_lost());
+  CHECK(sizes_of(7, 1, 8).any_lost());
+  CHECK(sizes_of(8, 5, 8).any_lost());  // 5 are usable, 10 would be needed
+  auto sizes = sizes_of(7, 4, 6);
+  // Mate 0, 4 usable rows of 8: expert 0 has rows 0 (source 0), 1 and 2 (source 2), 3; expert 1 has none.
+  CHECK(sizes.overflow(0, 0, 0) == 0);
+  CHECK(sizes.overflow(1, 0, 0) == 0);
+  CHECK(sizes.overflow(1, 0, 1) == 0);
+  CHECK(sizes.overflow(0, 1, 0) == 8);
+  // Mate 1, 6 rows of 8: expert 2 has 0..2, expert 3 row 3 (source 0) and 4..7 (source 2, on node 1).
+  CHECK(sizes.overflow(0, 2, 1) == 0);
+  CHECK(sizes.overflow(0, 3, 0) == 0);
+  CHECK(sizes.overflow(1, 3, 1) == 0);
+  CHECK(sizes.overflow(1, 3, 2) == 8);
 }

@@ -91,8 +91,8 @@ TEST_CASE("the counts record that rank 0 writes to rank 1") {
   kernels::cpu::announce(context, {proto::Phase::kDispatch, 0, 0, 0, 0, proto::DType::kBf16}, facts, first_seq, counts);
   engine::Descriptor descriptor;
   REQUIRE(e.descriptors.pop(&descriptor));
-  CHECK(descriptor.bytes == 68);
-  CHECK(hex_of(e.region.data() + e.view.layout.counts_send(proto::Phase::kDispatch, 1, 0), 68) == documented("counts"));
+  CHECK(descriptor.bytes == 76);
+  CHECK(hex_of(e.region.data() + e.view.layout.counts_send(proto::Phase::kDispatch, 1, 0), 76) == documented("counts"));
   CHECK(proto::Imm::make(proto::ImmKind::kDispatchCounts, false, 0, 0, 0).encode() == 0x60000000u);
 }
 

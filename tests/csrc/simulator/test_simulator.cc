@@ -8,6 +8,7 @@
 #include "common/status.h"
 #include "simulator/check.h"
 #include "simulator/profile.h"
+#include "simulator/reference.h"
 #include "simulator/workload.h"
 
 using namespace moe_efa::simulator;
@@ -52,6 +53,7 @@ TEST_CASE("the-same-seed-gives-the-same-run") {
 TEST_CASE("the-seeds-cover-what-they-should") {
   bool one_slot = false, wrap = false, one_node = false, replay = false, older_plan = false, no_tokens = false;
   bool none_selected = false, duplicate = false;
+  bool exact = false, fits = false, overflows = false, no_room = false, replayed = false, own_alignments = false;
   bool fp8_dispatch = false, fp8_replay = false, fp8_output = false, fp8_combine = false, ue8m0 = false, blocks = false;
   for (std::uint64_t seed = 0; seed < 120; ++seed) {
     Workload world = make_workload(seed, 0);
@@ -72,6 +74,20 @@ TEST_CASE("the-seeds-cover-what-they-should") {
       blocks |= world.layout.hidden_size > moe_efa::proto::kFp8BlockSize;
     }
     wrap |= dispatches > 40;
+    Reference reference(world);
+    for (std::uint32_t plan = 0; plan < plans; ++plan) {
+      exact |= !world.is_static(plan);
+      for (std::uint32_t rank = 0; world.is_static(plan) && rank < world.num_ranks; ++rank) {
+        const RankRows& rows = reference.rows(plan, rank);
+        fits |= rows.num_rows > 0 && rows.own_overflow == 0;
+        overflows |= !rows.rows.empty() && rows.own_overflow > 0;
+        no_room |= rows.num_rows == 0 && rows.own_overflow > 0;
+        own_alignments |= world.own_alignments && world.node_size > 1;
+      }
+    }
+    for (const ScriptCall& call : world.script) {
+      replayed |= call.kind == ScriptCall::Kind::kReplay && world.is_static(call.plan);
+    }
     for (const auto& plan : world.routings) {
       for (const Routing& routing : plan) {
         no_tokens |= routing.num_tokens == 0;
@@ -93,6 +109,12 @@ TEST_CASE("the-seeds-cover-what-they-should") {
   CHECK(no_tokens);
   CHECK(none_selected);
   CHECK(duplicate);
+  CHECK(exact);
+  CHECK(fits);
+  CHECK(overflows);
+  CHECK(no_room);
+  CHECK(replayed);
+  CHECK(own_alignments);
   CHECK(fp8_dispatch);
   CHECK(fp8_replay);
   CHECK(fp8_output);
