@@ -6,9 +6,11 @@ subnormals, and reads an e4m3 NaN as 480. test_interpreter.py proves the repair.
 
 from __future__ import annotations
 
+import doctest
 import importlib
+import math
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -79,3 +81,41 @@ def interpreter_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def device() -> torch.device:
     """The GPU, or the CPU under the interpreter."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture
+def guarded_outputs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
+    """What a wrapper allocates is poisoned and lies between guard bytes, which must be as they were in the end."""
+    guarded: list[tuple[torch.Tensor, int]] = []
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        memory = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
+        guarded.append((memory, size))
+        return memory[256 : 256 + size].view(dtype).view(shape)
+
+    def empty(*size: Any, dtype: torch.dtype, device: Any = None) -> torch.Tensor:
+        return allocate(tuple(size) if isinstance(size[0], int) else tuple(size[0]), dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None: allocate(tuple(x.shape), dtype or x.dtype))
+    yield
+    monkeypatch.undo()
+    assert guarded
+    for memory, size in guarded:
+        assert (memory[:256] == 0xA5).all() and (memory[256 + size :] == 0xA5).all()
+
+
+@pytest.fixture
+def run_docstring_example(device: torch.device) -> Callable[..., None]:
+    """Runs a function's example with the function itself and with its twin."""
+
+    def run(function: Callable[..., Any], twin: Callable[..., Any], **names: Any) -> None:
+        example = next(test for test in doctest.DocTestFinder().find(function, globs={}) if test.examples)
+        for implementation in (function, twin):
+            example.globs = {"torch": torch, **names, function.__name__: implementation}
+            with device:
+                result = doctest.DocTestRunner().run(example, clear_globs=False)
+            assert result.attempted >= 2 and result.failed == 0
+
+    return run

@@ -1,7 +1,143 @@
-"""Plain-torch twins of the kernels, under the same names: slow, obvious, and bitwise what the kernels must return."""
+"""Plain-torch twins of the kernels, under the same names: slow, obvious, and what the kernels must return.
+
+Bitwise, but for sums that kernels add in an order of their own and for exp; each kernel's docstring says so.
+"""
 
 from __future__ import annotations
 
-from moe_efa.quantization import BLOCK_SIZE, FP8_MAX, MIN_SCALE, SCALE_FORMATS, quantize_1x128
+from typing import NamedTuple
 
-__all__ = ["BLOCK_SIZE", "FP8_MAX", "MIN_SCALE", "SCALE_FORMATS", "quantize_1x128"]
+import torch
+from torch import Tensor
+
+from moe_efa.quantization import BLOCK_SIZE, FP8_MAX, MIN_SCALE, SCALE_FORMATS, dequantize_1x128, quantize_1x128
+
+__all__ = [
+    "BLOCK_SIZE",
+    "FP8_MAX",
+    "MIN_SCALE",
+    "SCALE_FORMATS",
+    "RowPlan",
+    "QuantizedRows",
+    "quantize_1x128",
+    "dequantize_1x128",
+    "plan_rows",
+    "permute",
+    "permute_quantize",
+    "unpermute",
+    "unpermute_backward",
+]
+
+
+class RowPlan(NamedTuple):
+    """Where the row of every (token, k) stands among rows that are grouped by expert.
+
+    Attributes:
+        tokens_per_expert: [E] int64, true counts.
+        offsets: [E + 1] int32, where each expert's rows begin, each a multiple of ``expert_alignment``.
+        positions: [T, K] int32, the row of each selection; -1 where nothing is selected.
+        expert_alignment: every expert's rows are padded to a multiple of this.
+    """
+
+    tokens_per_expert: Tensor
+    offsets: Tensor
+    positions: Tensor
+    expert_alignment: int
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that suffice whatever the routing is."""
+        num_experts = len(self.tokens_per_expert)
+        used_experts = min(num_experts, self.positions.numel())
+        return self.positions.numel() + used_experts * (self.expert_alignment - 1)
+
+
+class QuantizedRows(NamedTuple):
+    """e4m3 rows: q [rows, H], scales [rows, ceil(H / 128)] fp32, weights [rows] fp32 or None."""
+
+    q: Tensor
+    scales: Tensor
+    weights: Tensor | None
+
+
+def plan_rows(topk_idx: Tensor, *, num_experts: int, expert_alignment: int = 1) -> RowPlan:
+    """Twin of :func:`moe_efa.triton_kernels.plan_rows.plan_rows`."""
+    positions = torch.full(topk_idx.shape, -1, dtype=torch.int32, device=topk_idx.device)
+    counts, offsets = [], [0]
+    for expert_idx in range(num_experts):
+        token_idx, topk_pos = (topk_idx == expert_idx).nonzero(as_tuple=True)  # by token, then by k
+        first_row, count = offsets[-1], len(token_idx)
+        rows = torch.arange(first_row, first_row + count, dtype=torch.int32, device=topk_idx.device)
+        positions[token_idx, topk_pos] = rows
+        counts.append(count)
+        offsets.append(first_row + -(-count // expert_alignment) * expert_alignment)
+    return RowPlan(
+        torch.tensor(counts, dtype=torch.int64, device=topk_idx.device),
+        torch.tensor(offsets, dtype=torch.int32, device=topk_idx.device),
+        positions,
+        expert_alignment,
+    )
+
+
+def permute(
+    x: Tensor, plan: RowPlan, *, topk_weights: Tensor | None = None, num_rows: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Twin of :func:`moe_efa.triton_kernels.permute.permute`."""
+    num_rows = int(plan.offsets[-1]) if num_rows is None else num_rows
+    token_idx, topk_pos = (plan.positions >= 0).nonzero(as_tuple=True)
+    to = plan.positions[token_idx, topk_pos].long()
+    rows = torch.zeros(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
+    rows[to] = x[token_idx]
+    if topk_weights is None:
+        return rows, None
+    weights = torch.zeros(num_rows, device=x.device)
+    weights[to] = topk_weights[token_idx, topk_pos]
+    return rows, weights
+
+
+def permute_quantize(
+    x: Tensor,
+    plan: RowPlan,
+    *,
+    topk_weights: Tensor | None = None,
+    scale_format: str = "fp32",
+    num_rows: int | None = None,
+) -> QuantizedRows:
+    """Twin of :func:`moe_efa.triton_kernels.permute_quantize.permute_quantize`: quantize, then permute."""
+    q, scales = quantize_1x128(x, scale_format=scale_format)
+    codes, weights = permute(q.view(torch.uint8), plan, topk_weights=topk_weights, num_rows=num_rows)
+    row_scales, _ = permute(scales, plan, num_rows=num_rows)
+    is_padding = torch.ones(len(row_scales), dtype=torch.bool, device=x.device)
+    is_padding[plan.positions[plan.positions >= 0].long()] = False
+    row_scales[is_padding] = 1.0
+    return QuantizedRows(codes.view(torch.float8_e4m3fn), row_scales, weights)
+
+
+def unpermute(
+    y: Tensor, plan: RowPlan, *, weights: Tensor | None = None, row_values: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Twin of :func:`moe_efa.triton_kernels.unpermute.unpermute`."""
+    out = torch.zeros(len(plan.positions), y.shape[1], dtype=y.dtype, device=y.device)
+    for token_idx, positions in enumerate(plan.positions.tolist()):
+        total = None
+        for row in sorted(position for position in positions if position >= 0):  # by (expert, k)
+            term = y[row].float() if weights is None else weights[row] * y[row].float()
+            total = term if total is None else total + term
+        if total is not None:
+            out[token_idx] = total.to(y.dtype).masked_fill(total.isnan(), torch.nan)  # one NaN
+    if row_values is None:
+        return out, None
+    values = torch.zeros(plan.positions.shape, device=y.device)
+    values[plan.positions >= 0] = row_values[plan.positions[plan.positions >= 0].long()]
+    return out, values
+
+
+def unpermute_backward(grad_out: Tensor, y: Tensor, plan: RowPlan, *, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`moe_efa.triton_kernels.unpermute_backward.unpermute_backward`."""
+    grad_rows, _ = permute(grad_out, plan, num_rows=len(y))
+    is_row = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    is_row[plan.positions[plan.positions >= 0].long()] = True
+    product = weights[:, None] * grad_rows.float()
+    grad_y = product.to(y.dtype).masked_fill(product.isnan(), torch.nan).masked_fill(~is_row[:, None], 0.0)
+    grad_weights = (grad_rows.float() * y.float()).sum(-1).masked_fill(~is_row, 0.0)
+    return grad_y, grad_weights
