@@ -1,7 +1,8 @@
-"""Runs our Triton kernels on the CPU: imports them for the interpreter, and repairs its casts.
+"""Runs our Triton kernels on the CPU: imports them for the interpreter, and repairs what it computes wrongly.
 
 As shipped (3.6 to 3.9) the interpreter truncates fp32 -> bf16, loses the carry of fp32 -> e4m3 and truncates its
-subnormals, and reads an e4m3 NaN as 480. test_interpreter.py proves the repair.
+subnormals, and reads an e4m3 NaN as 480. test_interpreter.py proves the repair. Its exp becomes torch's, so that
+kernels which use it can be compared bitwise with their twins.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _import_kernels() -> None:
         raise pytest.UsageError(f"Triton {triton.__version__} or a kernel was imported before TRITON_INTERPRET was set")
 
 
-def _repair_casts() -> None:
+def _repair_interpreter() -> None:
     import numpy as np
     import triton.language as tl
     from triton._C.libtriton import ir
@@ -61,12 +62,18 @@ def _repair_casts() -> None:
 
     interpreter._convert_float = convert
 
+    def exp(builder: Any, argument: Any) -> Any:  # numpy's differs from torch's in the last bit
+        values = torch.from_numpy(np.ascontiguousarray(argument.data))
+        return interpreter.TensorHandle(torch.exp(values).numpy(), argument.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_exp = exp
+
 
 if DEVICE == "cpu":
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         _import_kernels()
-    _repair_casts()
+    _repair_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,14 @@ from moe_efa.triton_kernels import (
     quantize,
     reference,
     rows,
+    swiglu,
+    swiglu_backward,
     unpermute,
 )
 
 Variant = dict[str, Any]
 FLOATS = ("bf16", "fp32")
-HIDDEN_SIZE, TOP_K, NUM_EXPERTS = 7168, 8, 256
+HIDDEN_SIZE, INTERMEDIATE_SIZE, TOP_K, NUM_EXPERTS = 7168, 2048, 8, 256
 PROCESSES = 2
 
 
@@ -185,7 +187,47 @@ def row_variants() -> dict[str, Variant]:
     return variants
 
 
-VARIANTS = quantize_variants() | dequantize_variants() | plan_variants() | row_variants()
+def swiglu_variants() -> dict[str, Variant]:
+    """Quantized, with weights and clamped; and plain."""
+    num_blocks = swiglu_backward.blocks_at_a_time(INTERMEDIATE_SIZE)
+    sizes = {"intermediate_size": INTERMEDIATE_SIZE, "block_size": reference.BLOCK_SIZE, "power_of_two": False}
+    variants = {}
+    for dtype in FLOATS:
+        for quantized in (True, False):
+            name = f"{dtype}-quantized-clamped" if quantized else dtype
+            kinds = {"weights_ptr": "*fp32", "scales_ptr": "*fp32"} if quantized else {}
+            nothing = {} if quantized else {"weights_ptr": None, "scales_ptr": None}
+            limit = {"limit": 7.0 if quantized else None}
+            variants[f"swiglu-{name}"] = variant(
+                "swiglu:swiglu_kernel",
+                swiglu.NUM_WARPS,
+                {
+                    "gate_up_ptr": f"*{dtype}",
+                    "out_ptr": "*fp8e4nv" if quantized else f"*{dtype}",
+                    "num_blocks": "i32",
+                    **kinds,
+                },
+                {**sizes, **limit, "blocks_per_program": swiglu.BLOCKS_PER_PROGRAM, **nothing},
+            )
+            if quantized:
+                kinds |= {"grad_weights_ptr": "*fp32", "q_ptr": "*fp8e4nv"}
+            else:
+                nothing |= {"grad_weights_ptr": None, "q_ptr": None}
+            variants[f"swiglu_backward-{name}"] = variant(
+                "swiglu_backward:swiglu_backward_kernel",
+                swiglu_backward.num_warps(num_blocks),
+                {
+                    "grad_hidden_ptr": f"*{dtype}",
+                    "gate_up_ptr": f"*{dtype}",
+                    "grad_gate_up_ptr": f"*{dtype}",
+                    **kinds,
+                },
+                {**sizes, **limit, "num_blocks": num_blocks, **nothing},
+            )
+    return variants
+
+
+VARIANTS = quantize_variants() | dequantize_variants() | plan_variants() | row_variants() | swiglu_variants()
 SPILLING = {
     "kernel": "__main__:spilling_kernel",
     "arch": 90,
@@ -237,10 +279,11 @@ def test_rows_of_whole_vectors_use_16_byte_accesses(name: str, compiled: dict[st
 @pytest.mark.parametrize("name", VARIANTS)
 def test_divisions_are_ieee_and_nothing_is_fused(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     arithmetic = set(re.findall(r"\b(?:div|fma|mad|rcp)\.[\w.]*f32\b", compiled[name]["ptx"]))
-    assert arithmetic == ({"div.rn.f32"} if "quantize" in name and not name.startswith("dequantize") else set())
+    divides = re.match(r"(permute_)?quantize|swiglu", name)
+    assert arithmetic == ({"div.rn.f32"} if divides else set())
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if re.match(r"(permute_)?quantize", name)])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if re.match(r"(permute_)?quantize|.*quantized", name)])
 def test_fp8_is_clamped_before_the_cast(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     """Read from the code: no input shows it, since the hardware's cast and the interpreter's saturate as well."""
     clamped = re.search(r"\bmin\.(xorsign\.abs\.)?f32\b.*cvt\.rn\.satfinite\.e4m3x2", compiled[name]["ptx"], re.DOTALL)

@@ -19,6 +19,7 @@ __all__ = [
     "SCALE_FORMATS",
     "RowPlan",
     "QuantizedRows",
+    "SwiGLUGrads",
     "quantize_1x128",
     "dequantize_1x128",
     "plan_rows",
@@ -26,6 +27,9 @@ __all__ = [
     "permute_quantize",
     "unpermute",
     "unpermute_backward",
+    "swiglu",
+    "swiglu_quantize",
+    "swiglu_backward",
 ]
 
 
@@ -58,6 +62,15 @@ class QuantizedRows(NamedTuple):
     q: Tensor
     scales: Tensor
     weights: Tensor | None
+
+
+class SwiGLUGrads(NamedTuple):
+    """grad_gate_up [rows, 2 * I], grad_weights [rows] fp32 or None; grad_gate_up as e4m3 q and its scales, or None."""
+
+    grad_gate_up: Tensor
+    grad_weights: Tensor | None
+    q: Tensor | None
+    scales: Tensor | None
 
 
 def plan_rows(topk_idx: Tensor, *, num_experts: int, expert_alignment: int = 1) -> RowPlan:
@@ -124,7 +137,7 @@ def unpermute(
             term = y[row].float() if weights is None else weights[row] * y[row].float()
             total = term if total is None else total + term
         if total is not None:
-            out[token_idx] = total.to(y.dtype).masked_fill(total.isnan(), torch.nan)  # one NaN
+            out[token_idx] = _one_nan(total, y.dtype)
     if row_values is None:
         return out, None
     values = torch.zeros(plan.positions.shape, device=y.device)
@@ -138,6 +151,63 @@ def unpermute_backward(grad_out: Tensor, y: Tensor, plan: RowPlan, *, weights: T
     is_row = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     is_row[plan.positions[plan.positions >= 0].long()] = True
     product = weights[:, None] * grad_rows.float()
-    grad_y = product.to(y.dtype).masked_fill(product.isnan(), torch.nan).masked_fill(~is_row[:, None], 0.0)
+    grad_y = _one_nan(product, y.dtype).masked_fill(~is_row[:, None], 0.0)
     grad_weights = (grad_rows.float() * y.float()).sum(-1).masked_fill(~is_row, 0.0)
     return grad_y, grad_weights
+
+
+def swiglu(gate_up: Tensor, *, weights: Tensor | None = None, limit: float | None = None) -> Tensor:
+    """Twin of :func:`moe_efa.triton_kernels.swiglu.swiglu`."""
+    return _one_nan(_swiglu(gate_up, weights, limit), gate_up.dtype)
+
+
+def swiglu_quantize(
+    gate_up: Tensor, *, weights: Tensor | None = None, limit: float | None = None, scale_format: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`moe_efa.triton_kernels.swiglu.swiglu_quantize`."""
+    return quantize_1x128(_swiglu(gate_up, weights, limit), scale_format=scale_format)
+
+
+def swiglu_backward(
+    grad_hidden: Tensor,
+    gate_up: Tensor,
+    *,
+    weights: Tensor | None = None,
+    limit: float | None = None,
+    quantized: bool = False,
+    scale_format: str = "fp32",
+) -> SwiGLUGrads:
+    """Twin of :func:`moe_efa.triton_kernels.swiglu_backward.swiglu_backward`."""
+    gate, up = _clamped(gate_up, limit)
+    grad = grad_hidden.float()
+    divisor = 1 + torch.exp(-gate)
+    silu, sigmoid = gate / divisor, torch.ones_like(divisor) / divisor
+    grad_weights = None
+    if weights is not None:
+        grad_weights = (grad * (silu * up)).sum(1)
+        grad = grad * weights[:, None]
+    grad_gate = ((grad * up) * sigmoid) * (1 + gate * (1 - sigmoid))
+    grad_up = grad * silu
+    if limit is not None:
+        free_gate, free_up = gate_up.float().chunk(2, dim=1)
+        grad_gate = torch.where(free_gate <= limit, grad_gate, 0.0)
+        grad_up = torch.where(free_up.abs() <= limit, grad_up, 0.0)
+    grad_gate_up = torch.cat([grad_gate, grad_up], dim=1)
+    q, scales = quantize_1x128(grad_gate_up, scale_format=scale_format) if quantized else (None, None)
+    return SwiGLUGrads(_one_nan(grad_gate_up, gate_up.dtype), grad_weights, q, scales)
+
+
+def _swiglu(gate_up: Tensor, weights: Tensor | None, limit: float | None) -> Tensor:
+    gate, up = _clamped(gate_up, limit)
+    hidden = gate / (1 + torch.exp(-gate)) * up
+    return hidden if weights is None else hidden * weights[:, None]
+
+
+def _clamped(gate_up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    gate, up = (half.contiguous() for half in gate_up.float().chunk(2, dim=1))  # torch's exp depends on the strides
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
+def _one_nan(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds; every NaN becomes the same one: torch's casts give several."""
+    return values.to(dtype).masked_fill(values.isnan(), torch.nan)

@@ -15,7 +15,14 @@ TAIL_PROGRAMS = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def padding_rows(program, offsets_ptr, tokens_per_expert_ptr, num_rows, num_experts, tail_programs):
+def padding_rows(  # type: ignore[no-untyped-def]
+    program,
+    offsets_ptr,
+    tokens_per_expert_ptr,
+    num_rows,
+    num_experts: tl.constexpr,
+    tail_programs: tl.constexpr,
+):
     """(first, stop, step) of the padding that a program fills: one for each expert, then those of the tail."""
     is_tail = program >= num_experts
     end = tl.load(offsets_ptr + num_experts)
