@@ -20,6 +20,7 @@ from moe_efa.triton_kernels import (
     plan_rows,
     quantize,
     reference,
+    router_topk,
     rows,
     swiglu,
     swiglu_backward,
@@ -227,7 +228,57 @@ def swiglu_variants() -> dict[str, Variant]:
     return variants
 
 
-VARIANTS = quantize_variants() | dequantize_variants() | plan_variants() | row_variants() | swiglu_variants()
+def router_variants() -> dict[str, Variant]:
+    """DeepSeek-V3, Qwen3 with a pinned selection, and the gradients of both."""
+    options = {"top_k": TOP_K, "norm_topk_prob": True, "epsilon": 1e-20, "routed_scaling_factor": 2.5}
+    outputs = {"topk_idx_ptr": "*i64", "topk_weights_ptr": "*fp32", "scores_ptr": "*fp32"}
+    variants = {}
+    for name, softmax, num_experts, n_group, topk_group in (
+        ("sigmoid-groups", False, 256, 8, 4),
+        ("softmax-pinned", True, 128, 1, 1),
+    ):
+        padded_groups, padded_group_size = router_topk.tile(num_experts, n_group)
+        num_warps = router_topk.num_warps(num_experts)
+        router = {"softmax": softmax, "num_experts": num_experts, **options}
+        given, absent = ("pinned_idx_ptr", "bias_ptr") if softmax else ("bias_ptr", "pinned_idx_ptr")
+        variants[f"router_topk-{name}"] = variant(
+            "router_topk:router_topk_kernel",
+            num_warps,
+            {"logits_ptr": "*fp32", given: "*i64" if softmax else "*fp32", **outputs},
+            {
+                absent: None,
+                **router,
+                "n_group": n_group,
+                "topk_group": topk_group,
+                "padded_groups": padded_groups,
+                "padded_group_size": padded_group_size,
+                "padded_top_k": TOP_K,
+            },
+            **({"options": checks.ASSERTING} if softmax else {}),
+        )
+        variants[f"router_topk_backward-{name}"] = variant(
+            "router_topk_backward:router_topk_backward_kernel",
+            num_warps,
+            {
+                "grad_weights_ptr": "*fp32",
+                "grad_scores_ptr": "*fp32",
+                "topk_idx_ptr": "*i64",
+                "scores_ptr": "*fp32",
+                "grad_logits_ptr": "*fp32",
+            },
+            {**router, "padded_experts": num_experts},
+        )
+    return variants
+
+
+VARIANTS = {
+    **quantize_variants(),
+    **dequantize_variants(),
+    **plan_variants(),
+    **row_variants(),
+    **swiglu_variants(),
+    **router_variants(),
+}
 SPILLING = {
     "kernel": "__main__:spilling_kernel",
     "arch": 90,
@@ -279,7 +330,7 @@ def test_rows_of_whole_vectors_use_16_byte_accesses(name: str, compiled: dict[st
 @pytest.mark.parametrize("name", VARIANTS)
 def test_divisions_are_ieee_and_nothing_is_fused(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     arithmetic = set(re.findall(r"\b(?:div|fma|mad|rcp)\.[\w.]*f32\b", compiled[name]["ptx"]))
-    divides = re.match(r"(permute_)?quantize|swiglu", name)
+    divides = re.match(r"(permute_)?quantize|swiglu|router", name)
     assert arithmetic == ({"div.rn.f32"} if divides else set())
 
 

@@ -1,8 +1,9 @@
-"""Differentiable permute and unpermute: dispatch and combine of one rank, in Triton alone.
+"""Differentiable kernels: the router, and permute and unpermute, which are dispatch and combine of one rank.
 
-They serve where no network is: a single GPU, or experts that a node shares by other means. No native extension is
-used; the order of rows and of additions, hence every bit, is that of ``ExpertParallel`` on one rank::
+The latter two serve where no network is: a single GPU, or experts that a node shares by other means. No native
+extension is used; the order of rows and of additions, hence every bit, is that of ``ExpertParallel`` on one rank::
 
+    topk_idx, topk_weights, _ = router_topk(logits, top_k)
     plan = plan_rows(topk_idx, num_experts=num_experts, expert_alignment=128)
     rows, weights = permute(x, topk_weights, plan)     # as d.x, d.weights of dispatch
     y = experts(rows, plan.offsets)
@@ -17,9 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_efa.routing import Routing
+
 from . import permute as _permute
+from . import router_topk as _router_topk
 from . import unpermute as _unpermute
 from .reference import RowPlan
+from .router_topk_backward import router_topk_backward
 from .unpermute_backward import unpermute_backward
 
 
@@ -87,3 +92,60 @@ class _WeightedUnpermute(torch.autograd.Function):
         y, weights = ctx.saved_tensors
         grad_y, grad_weights = unpermute_backward(grad_out.contiguous(), y, ctx.plan, weights=weights)
         return grad_y, grad_weights, None
+
+
+def router_topk(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score_function: str = "softmax",
+    e_score_correction_bias: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    topk_idx: Tensor | None = None,
+) -> Routing:
+    """:func:`moe_efa.triton_kernels.router_topk.router_topk`; weights and scores are differentiable in the logits."""
+    options = {
+        "score_function": score_function,
+        "norm_topk_prob": norm_topk_prob,
+        "routed_scaling_factor": routed_scaling_factor,
+    }
+    selection = {
+        "e_score_correction_bias": e_score_correction_bias,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "topk_idx": topk_idx,
+    }
+    return Routing(*_RouterTopk.apply(logits, top_k, options, selection))  # type: ignore[no-untyped-call]
+
+
+class _RouterTopk(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, top_k: int, options: dict[str, Any], selection: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        routing = _router_topk.router_topk(logits, top_k, **options, **selection)
+        ctx.options, ctx.dtype = options, logits.dtype
+        ctx.mark_non_differentiable(routing.topk_idx)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*routing)
+        return tuple(routing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _: Tensor | None, grad_weights: Tensor | None, grad_scores: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        routing = Routing(*ctx.saved_tensors)
+        if grad_weights is None and grad_scores is None:
+            return None, None, None, None
+        if grad_weights is None:
+            grad_weights = torch.zeros_like(routing.topk_weights)
+        if grad_scores is not None:
+            grad_scores = grad_scores.contiguous()
+        grad_logits = router_topk_backward(
+            grad_weights.contiguous(), routing, grad_scores=grad_scores, dtype=ctx.dtype, **ctx.options
+        )
+        return grad_logits, None, None, None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_efa.quantization import BLOCK_SIZE, FP8_MAX, MIN_SCALE, SCALE_FORMATS, dequantize_1x128, quantize_1x128
+from moe_efa.routing import Routing
 
 __all__ = [
     "BLOCK_SIZE",
@@ -30,6 +31,8 @@ __all__ = [
     "swiglu",
     "swiglu_quantize",
     "swiglu_backward",
+    "router_topk",
+    "router_topk_backward",
 ]
 
 
@@ -195,6 +198,88 @@ def swiglu_backward(
     grad_gate_up = torch.cat([grad_gate, grad_up], dim=1)
     q, scales = quantize_1x128(grad_gate_up, scale_format=scale_format) if quantized else (None, None)
     return SwiGLUGrads(_one_nan(grad_gate_up, gate_up.dtype), grad_weights, q, scales)
+
+
+def router_topk(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score_function: str = "softmax",
+    e_score_correction_bias: Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    topk_idx: Tensor | None = None,
+) -> Routing:
+    """Twin of :func:`moe_efa.triton_kernels.router_topk.router_topk`: ``moe_efa.routing`` with stable choices."""
+    logits = logits.float()
+    if score_function == "softmax":
+        exponentials = torch.exp(logits - logits.amax(-1, keepdim=True))
+        scores = exponentials / exponentials.sum(-1, keepdim=True)
+    else:
+        scores = 1 / (1 + torch.exp(-logits))
+    if topk_idx is None:
+        biased = scores if e_score_correction_bias is None else scores + e_score_correction_bias
+        if topk_group < n_group:
+            groups = biased.view(len(biased), n_group, -1)
+            two_best = groups.sort(dim=-1, descending=True, stable=True).values[..., :2]
+            best = _first(two_best[..., 0] + two_best[..., 1], topk_group)
+            out = torch.ones(groups.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, False)
+            biased = groups.masked_fill(out[..., None], -torch.inf).flatten(1)
+        topk_idx = _first(biased, top_k)
+    weights = scores.gather(1, topk_idx.clamp(min=0)).masked_fill(topk_idx < 0, 0.0)
+    if norm_topk_prob:
+        weights = weights / _weight_sum(weights, topk_idx, score_function)
+    return Routing(topk_idx, weights * routed_scaling_factor, scores)
+
+
+def router_topk_backward(
+    grad_weights: Tensor,
+    routing: Routing,
+    *,
+    grad_scores: Tensor | None = None,
+    score_function: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Twin of :func:`moe_efa.triton_kernels.router_topk_backward.router_topk_backward`."""
+    topk_idx, scores = routing.topk_idx, routing.scores
+    of_scores = grad_weights.masked_fill(topk_idx < 0, 0.0) * routed_scaling_factor
+    if norm_topk_prob:
+        selected = scores.gather(1, topk_idx.clamp(min=0)).masked_fill(topk_idx < 0, 0.0)
+        total = _weight_sum(selected, topk_idx, score_function)
+        products = of_scores * (selected / total)
+        of_scores = (of_scores - _sum_in_order(products)) / total
+    grad = torch.zeros_like(scores) if grad_scores is None else grad_scores.clone()
+    for k in range(topk_idx.shape[1]):
+        rows = (topk_idx[:, k] >= 0).nonzero().squeeze(1)
+        grad[rows, topk_idx[rows, k]] += of_scores[rows, k]
+    if score_function == "softmax":
+        grad = scores * (grad - (grad * scores).sum(-1, keepdim=True))
+    else:
+        grad = (grad * (1 - scores)) * scores
+    return _one_nan(grad, dtype)
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """Indices of the largest; of equal ones the first."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
+
+
+def _weight_sum(weights: Tensor, topk_idx: Tensor, score_function: str) -> Tensor:
+    total = _sum_in_order(weights)
+    if score_function == "softmax":
+        return total.masked_fill((topk_idx < 0).all(-1, keepdim=True), 1.0)
+    return total + 1e-20
+
+
+def _sum_in_order(terms: Tensor) -> Tensor:
+    total = terms[:, :1]
+    for k in range(1, terms.shape[1]):
+        total = total + terms[:, k : k + 1]
+    return total
 
 
 def _swiglu(gate_up: Tensor, weights: Tensor | None, limit: float | None) -> Tensor:
