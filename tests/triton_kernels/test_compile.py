@@ -16,6 +16,7 @@ import pytest
 from moe_efa.triton_kernels import (
     checks,
     dequantize,
+    grouped_gemm_fp8,
     permute_quantize,
     plan_rows,
     quantize,
@@ -52,9 +53,14 @@ def quantize_variants() -> dict[str, Variant]:
             },
             arch=arch,
         )
-        for arch, hidden_size in [(90, HIDDEN_SIZE), (90, 2000), (90, 130), (100, HIDDEN_SIZE)]
-        for dtype in FLOATS
-        for scale_format in reference.SCALE_FORMATS
+        for arch, hidden_size, dtypes, formats in [
+            (90, HIDDEN_SIZE, FLOATS, reference.SCALE_FORMATS),
+            (90, 2000, ["bf16"], ["fp32"]),
+            (90, 130, ["bf16"], ["fp32"]),
+            (100, HIDDEN_SIZE, ["bf16"], reference.SCALE_FORMATS),
+        ]
+        for dtype in dtypes
+        for scale_format in formats
     }
 
 
@@ -138,7 +144,7 @@ def row_variants() -> dict[str, Variant]:
             {**sizes, **tail, "block": block},
             **asserting,
         )
-        for power_of_two in (False, True):
+        for power_of_two in (False, True)[: 2 if dtype == "bf16" else 1]:
             variants[f"permute_quantize-{dtype}-{'ue8m0' if power_of_two else 'fp32'}"] = variant(
                 "permute_quantize:permute_quantize_kernel",
                 permute_quantize.NUM_WARPS,
@@ -154,7 +160,7 @@ def row_variants() -> dict[str, Variant]:
                 },
                 **asserting,
             )
-        for weighted in (True, False):
+        for weighted in (True, False)[: 2 if dtype == "bf16" else 1]:
             optional = ["weights_ptr", "row_values_ptr", "topk_values_ptr"]
             variants[f"unpermute-{dtype}-{'weighted' if weighted else 'plain'}"] = variant(
                 "unpermute:unpermute_kernel",
@@ -194,7 +200,7 @@ def swiglu_variants() -> dict[str, Variant]:
     sizes = {"intermediate_size": INTERMEDIATE_SIZE, "block_size": reference.BLOCK_SIZE, "power_of_two": False}
     variants = {}
     for dtype in FLOATS:
-        for quantized in (True, False):
+        for quantized in (True, False)[: 2 if dtype == "bf16" else 1]:
             name = f"{dtype}-quantized-clamped" if quantized else dtype
             kinds = {"weights_ptr": "*fp32", "scales_ptr": "*fp32"} if quantized else {}
             nothing = {} if quantized else {"weights_ptr": None, "scales_ptr": None}
@@ -271,6 +277,27 @@ def router_variants() -> dict[str, Variant]:
     return variants
 
 
+def gemm_variants() -> dict[str, Variant]:
+    return {
+        f"grouped_gemm_fp8-{dtype}": variant(
+            "grouped_gemm_fp8:grouped_gemm_fp8_kernel",
+            grouped_gemm_fp8.NUM_WARPS,
+            {
+                "a_desc": "tensordesc<fp8e4nv[128, 128]>",
+                "a_scales_ptr": "*fp32",
+                "b_desc": "tensordesc<fp8e4nv[128, 128]>",
+                "b_scales_ptr": "*fp32",
+                "offsets_ptr": "*i32",
+                "out_ptr": f"*{dtype}",
+                "num_rows": "i32",
+            },
+            {"n": 4096, "k": HIDDEN_SIZE, "num_experts": 8, "padded_groups": 16, "block_size": reference.BLOCK_SIZE},
+            options={"enable_fp_fusion": True, "num_stages": grouped_gemm_fp8.NUM_STAGES},
+        )
+        for dtype in FLOATS
+    }
+
+
 VARIANTS = {
     **quantize_variants(),
     **dequantize_variants(),
@@ -278,6 +305,7 @@ VARIANTS = {
     **row_variants(),
     **swiglu_variants(),
     **router_variants(),
+    **gemm_variants(),
 }
 SPILLING = {
     "kernel": "__main__:spilling_kernel",
@@ -321,13 +349,13 @@ def test_compiles_without_spills(name: str, compiled: dict[str, dict[str, Any]])
     assert not re.search(r"\b(LDL|STL)\b", compiled[name]["sass"])
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if not re.match(r"plan_rows|.*-h130-", name)])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not re.match(r"plan_rows|grouped_gemm|.*-h130-", name)])
 def test_rows_of_whole_vectors_use_16_byte_accesses(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     assert re.search(r"\bLDG\.E\.128\b", compiled[name]["sass"])
     assert re.search(r"\bSTG\.E\.128\b", compiled[name]["sass"])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("grouped_gemm")])
 def test_divisions_are_ieee_and_nothing_is_fused(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     arithmetic = set(re.findall(r"\b(?:div|fma|mad|rcp)\.[\w.]*f32\b", compiled[name]["ptx"]))
     divides = re.match(r"(permute_)?quantize|swiglu|router", name)
@@ -347,9 +375,17 @@ def test_scales_are_laid_out_once_for_all_rows(name: str, compiled: dict[str, di
     assert len(re.findall(r"\bBAR\.SYNC\b", compiled[name]["sass"])) < TOP_K
 
 
-@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if "options" in v])
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if v.get("options") == checks.ASSERTING])
 def test_assertions_are_kept(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     assert "__assertfail" in compiled[name]["ptx"]
+
+
+@pytest.mark.parametrize("name", gemm_variants())
+def test_products_are_those_of_the_fp8_tensor_core(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    """128 of k are added in the tensor core, then scaled into fp32; tiles come by bulk copies."""
+    sass = compiled[name]["sass"]
+    assert len(re.findall(r"\bQGMMA\.64x128x32\.F32\.E4M3\.E4M3\b", sass)) == 128 // 32
+    assert re.search(r"\bUTMALDG\.2D\b", sass)
 
 
 def test_a_spill_would_be_seen(compiled: dict[str, dict[str, Any]]) -> None:

@@ -83,7 +83,7 @@ def test_equals_reference(case: str, dtype: torch.dtype, device: torch.device) -
 
 @pytest.mark.parametrize("case", CASES)
 def test_twin_selects_as_the_layer_does(case: str) -> None:
-    """The same experts, each with the same weight to rounding; ``moe_efa.routing`` does not order sigmoid selections."""
+    """The same experts, each with the same weight to rounding. The layer does not order its sigmoid selections."""
     top_k = CASES[case][2]
     logits, options = inputs(case, torch.device("cpu"))
     arguments = {name: value for name, value in options.items() if name != "score_function"}

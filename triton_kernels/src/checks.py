@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .reference import SCALE_FORMATS
 
+FP8_CAPABILITY = (8, 9)
 FLOATS = (torch.bfloat16, torch.float32)
 
 # Options of a launch that keep its device_asserts, and add none of Triton's own to integer arithmetic.
@@ -33,8 +34,8 @@ def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: 
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
 
 
-def check_devices(kernel: Any, *tensors: Tensor | None, fp8: bool = False) -> None:
-    """All on one CUDA device, one with FP8 where asked; under TRITON_INTERPRET=1 on the CPU."""
+def check_devices(kernel: Any, *tensors: Tensor | None, capability: tuple[int, int] | None = None) -> None:
+    """All on one CUDA device, of at least this compute capability; under TRITON_INTERPRET=1 on the CPU."""
     devices = {x.device for x in tensors if x is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
@@ -43,8 +44,9 @@ def check_devices(kernel: Any, *tensors: Tensor | None, fp8: bool = False) -> No
         return
     if device.type != "cuda":
         raise ValueError(f"tensors must be on a CUDA device, got {device} (TRITON_INTERPRET=1 runs kernels on the CPU)")
-    if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} has no FP8: compute capability 8.9 is needed")
+    if capability is not None and torch.cuda.get_device_capability(device) < capability:
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise ValueError(f"{name} does not suffice: compute capability {major}.{minor} is needed")
 
 
 def check_scale_format(scale_format: str) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, check_devices, check_tensor
+from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_tensor
 from .numerics import rounded
 from .reference import BLOCK_SIZE
 
@@ -72,7 +72,7 @@ def dequantize_1x128(q: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.fl
     check_tensor("scales", scales, shape=(num_tokens, blocks_per_row), dtypes=(torch.float32,))
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
-    check_devices(dequantize_1x128_kernel, q, scales, fp8=True)
+    check_devices(dequantize_1x128_kernel, q, scales, capability=FP8_CAPABILITY)
     x = torch.empty_like(q, dtype=dtype)
     num_blocks = num_tokens * blocks_per_row
     if num_blocks == 0:

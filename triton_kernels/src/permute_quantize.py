@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import ASSERTING, FLOATS, check_devices, check_scale_format, check_tensor
+from .checks import ASSERTING, FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
 from .numerics import quantize_blocks
 from .reference import BLOCK_SIZE, QuantizedRows, RowPlan
 from .rows import check_plan, check_row_floats, padding_programs, padding_rows, resolve_num_rows
@@ -110,7 +110,13 @@ def permute_quantize(
     top_k = plan.positions.shape[1]
     check_row_floats("topk_weights", topk_weights, (num_tokens, top_k))
     check_devices(
-        permute_quantize_kernel, x, topk_weights, plan.positions, plan.offsets, plan.tokens_per_expert, fp8=True
+        permute_quantize_kernel,
+        x,
+        topk_weights,
+        plan.positions,
+        plan.offsets,
+        plan.tokens_per_expert,
+        capability=FP8_CAPABILITY,
     )
     num_padding, tail_programs = padding_programs(plan, num_rows)
     num_rows = resolve_num_rows(plan, num_rows)

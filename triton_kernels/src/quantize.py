@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import FLOATS, check_devices, check_scale_format, check_tensor
+from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
 from .numerics import quantize_blocks
 from .reference import BLOCK_SIZE
 
@@ -85,7 +85,7 @@ def quantize_1x128(x: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torc
     """
     check_scale_format(scale_format)
     check_tensor("x", x, shape=("num_tokens", "hidden_size"), dtypes=FLOATS)
-    check_devices(quantize_1x128_kernel, x, fp8=True)
+    check_devices(quantize_1x128_kernel, x, capability=FP8_CAPABILITY)
     num_tokens, hidden_size = x.shape
     blocks_per_row = triton.cdiv(hidden_size, BLOCK_SIZE)
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)

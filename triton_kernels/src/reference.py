@@ -33,6 +33,8 @@ __all__ = [
     "swiglu_backward",
     "router_topk",
     "router_topk_backward",
+    "quantize_128x128",
+    "grouped_gemm_fp8",
 ]
 
 
@@ -261,6 +263,49 @@ def router_topk_backward(
     else:
         grad = (grad * (1 - scores)) * scores
     return _one_nan(grad, dtype)
+
+
+def quantize_128x128(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes weights in blocks of 128x128 by the formula of ``quantize_1x128``; the last blocks may be short.
+
+    Args:
+        x: [E, N, K] bf16 or fp32.
+
+    Returns:
+        ``(q, scales)``: [E, N, K] float8_e4m3fn and [E, ceil(N / 128), ceil(K / 128)] fp32.
+    """
+    num_experts, n, k = x.shape
+    n_blocks, k_blocks = -(-n // BLOCK_SIZE), -(-k // BLOCK_SIZE)
+    padded = torch.zeros(num_experts, n_blocks * BLOCK_SIZE, k_blocks * BLOCK_SIZE, device=x.device)
+    padded[:, :n, :k] = x
+    blocks = padded.view(num_experts, n_blocks, BLOCK_SIZE, k_blocks, BLOCK_SIZE)
+    amax = blocks.abs().amax((2, 4))
+    # A row with the largest magnitude of every block has the scales of the blocks.
+    _, scales = quantize_1x128(amax.view(-1, 1))
+    scales = scales.view(amax.shape)
+    quotients = (blocks / scales[:, :, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded.shape)
+    return quotients[:, :n, :k].to(torch.float8_e4m3fn).contiguous(), scales
+
+
+def grouped_gemm_fp8(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    offsets: Tensor,
+    *,
+    expert_alignment: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    implementation: str = "auto",
+) -> Tensor:
+    """Twin of :func:`moe_efa.triton_kernels.grouped_gemm_fp8.grouped_gemm_fp8`: dequantizes, multiplies in fp32."""
+    del expert_alignment, implementation  # change nothing
+    out = torch.zeros(len(a), b.shape[1], device=a.device)
+    for expert_idx in range(len(b)):
+        rows = slice(int(offsets[expert_idx]), int(offsets[expert_idx + 1]))
+        row_scales = b_scales[expert_idx].repeat_interleave(BLOCK_SIZE, 0)[: b.shape[1]].contiguous()
+        out[rows] = dequantize_1x128(a[rows], a_scales[rows]) @ dequantize_1x128(b[expert_idx], row_scales).T
+    return out.to(dtype)
 
 
 def _first(values: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, check_devices, check_scale_format, check_tensor
+from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
 from .numerics import quantize_blocks, rounded
 from .reference import BLOCK_SIZE, SwiGLUGrads
 from .rows import check_row_floats
@@ -127,7 +127,9 @@ def swiglu_backward(
         raise ValueError(f"limit must be positive, got {limit}")
     if quantized and intermediate_size % BLOCK_SIZE:
         raise ValueError(f"quantized gradients need a multiple of {BLOCK_SIZE} columns, got {intermediate_size}")
-    check_devices(swiglu_backward_kernel, gate_up, grad_hidden, weights, fp8=quantized)
+    check_devices(
+        swiglu_backward_kernel, gate_up, grad_hidden, weights, capability=FP8_CAPABILITY if quantized else None
+    )
 
     grad_gate_up = torch.empty_like(gate_up)
     grad_weights = None if weights is None else torch.empty_like(weights)
