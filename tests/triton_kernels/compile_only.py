@@ -1,8 +1,8 @@
 """Compiles kernels for GPUs that need not be there. Run in a process of its own, without TRITON_INTERPRET.
 
 Reads a JSON list of variants on stdin, each {"kernel": "module:function", "arch", "num_warps", "signature",
-"constants", "options" (may be left out)}; prints one JSON object for each: {"registers", "stack", "ptx", "sass"}
-("stack" is where spills show).
+"constants"} and, optionally, "options" of the compiler and "sass": true; prints one JSON object for each: {"registers",
+"stack", "ptx", "sass"} ("stack" is where spills show).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run("cuobjdump", "-res-usage", cubin.name)
-        sass = _run("nvdisasm", "-c", cubin.name)
+        sass = _run("nvdisasm", "-c", cubin.name) if variant.get("sass") else ""  # takes longer than all else
     registers, stack = (re.search(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK"))
     if registers is None or stack is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")
