@@ -68,6 +68,14 @@ def _repair_interpreter() -> None:
 
     interpreter.InterpreterBuilder.create_exp = exp
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:  # 3.6 makes integers in a way that numpy 2.4 refuses
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
 
 if DEVICE == "cpu":
     with pytest.MonkeyPatch.context() as patch:

@@ -334,10 +334,12 @@ def compile_all(variants: list[Variant], cache: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Results of compile_only.py for all variants, from processes that do not interpret."""
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Results of compile_only.py for the variants of the selected tests, from processes that do not interpret."""
     variants = {**VARIANTS, "spilling": SPILLING}
-    names = list(variants)
+    items = [item for item in request.session.items if item.path == request.path]
+    selected = {item.callspec.params.get("name") for item in items if hasattr(item, "callspec")} | {"spilling"}
+    names = [name for name in variants if name in selected]
     cache = tmp_path_factory.mktemp("triton")
     with ThreadPoolExecutor(PROCESSES) as threads:
         shares = [names[i::PROCESSES] for i in range(PROCESSES)]

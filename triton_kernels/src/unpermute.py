@@ -43,17 +43,12 @@ def unpermute_kernel(  # type: ignore[no-untyped-def]
     for i in tl.static_range(top_k):
         row = tl.min(left, axis=0)  # rows ascend by (expert, k)
         left = tl.where(left == row, _NO_ROW, left)
-        # -0.0 adds nothing to any number, so that where there is no row the sum stays as it is.
-        width = tl.where(row != _NO_ROW, hidden_size, 0)
-        offsets = row.to(tl.int64) * hidden_size + column
-        nothing = 0.0 if i == 0 else -0.0
-        term = tl.load(y_ptr + offsets, mask=column < width, other=nothing).to(tl.float32)
+        mask = column < tl.where(row != _NO_ROW, hidden_size, 0)
+        term = tl.load(y_ptr + row.to(tl.int64) * hidden_size + column, mask=mask, other=0.0).to(tl.float32)
         if weights_ptr is not None:
-            term = tl.load(weights_ptr + row, mask=row != _NO_ROW, other=1.0) * term
-        if i == 0:
-            total = term
-        else:
-            total += term
+            term = tl.load(weights_ptr + row, mask=row != _NO_ROW, other=0.0) * term
+        # A sum starts from its first term, and zeros that stand for no row are not added: -0.0 would become 0.0.
+        total = term if i == 0 else tl.where(mask, total + term, total)
     tl.store(
         out_ptr + token * hidden_size + column, rounded(total, out_ptr.dtype.element_ty), mask=column < hidden_size
     )
