@@ -1,7 +1,8 @@
 """Compiles kernels for GPUs that need not be there. Run in a process of its own, without TRITON_INTERPRET.
 
 Reads a JSON list of variants on stdin, each {"kernel": "module:function", "arch", "num_warps", "signature",
-"constants"}; prints one JSON object for each: {"registers", "stack", "ptx", "sass"} ("stack" is where spills show).
+"constants"} and, optionally, "options" of the compiler and "sass": true; prints one JSON object for each: {"registers",
+"stack", "ptx", "sass"} ("stack" is where spills show).
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def compile_variant(variant: dict[str, Any]) -> dict[str, Any]:
     module, name = variant["kernel"].split(":")
     kernel = getattr(importlib.import_module(module), name)
-    signature = {**variant["signature"], **dict.fromkeys(variant["constants"], "constexpr")}
+    kinds = {**variant["signature"], **dict.fromkeys(variant["constants"], "constexpr")}
+    signature = {argument: kinds[argument] for argument in kernel.arg_names}
     # As at a launch with tensors, whose addresses are multiples of 16; without it loads are not vectorized.
-    pointers = [i for i, kind in enumerate(variant["signature"].values()) if kind.startswith("*")]
+    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=variant["constants"], attrs=aligned),
         target=GPUTarget("cuda", variant["arch"], 32),
-        options={"num_warps": variant["num_warps"], "enable_fp_fusion": False},
+        options={"num_warps": variant["num_warps"], "enable_fp_fusion": False, **variant.get("options", {})},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _run("cuobjdump", "-res-usage", cubin.name)
-        sass = _run("nvdisasm", "-c", cubin.name)
+        sass = _run("nvdisasm", "-c", cubin.name) if variant.get("sass") else ""  # takes longer than all else
     registers, stack = (re.search(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK"))
     if registers is None or stack is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")

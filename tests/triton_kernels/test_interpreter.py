@@ -48,3 +48,16 @@ def test_every_bit_pattern_reads_as_in_torch(source: torch.dtype, cast_kernel: A
     cast_kernel[(1,)](x, y, size=x.numel())
     assert torch.equal(y.nan_to_num(nan=1e30), x.to(torch.float32).nan_to_num(nan=1e30))
     assert torch.equal(y.isnan(), x.to(torch.float32).isnan())
+
+
+def exponential(x_ptr, y_ptr, size: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.arange(0, size)
+    tl.store(y_ptr + offsets, tl.exp(tl.load(x_ptr + offsets)))
+
+
+def test_exp_is_that_of_torch(interpreter_environment: None, device: torch.device) -> None:
+    x = torch.linspace(-110, 90, 4096, device=device)
+    y = torch.empty_like(x)
+    triton.jit(exponential)[(1,)](x, y, size=x.numel())
+    expected = torch.exp(x)
+    assert torch.equal(y, expected) if x.is_cpu else torch.allclose(y, expected, rtol=1e-5, atol=1e-37)

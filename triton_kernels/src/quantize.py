@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import BLOCK_SIZE, FP8_MAX, MIN_SCALE, SCALE_FORMATS
+from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
+from .numerics import quantize_blocks
+from .reference import BLOCK_SIZE
 
 # 16 elements a thread: two 16-byte loads of bf16, one 16-byte store of FP8.
 BLOCKS_PER_PROGRAM = 16
@@ -27,8 +29,6 @@ def quantize_1x128_kernel(  # type: ignore[no-untyped-def]
     power_of_two: tl.constexpr,
     blocks_per_program: tl.constexpr,
     block_size: tl.constexpr,
-    fp8_max: tl.constexpr,
-    min_scale: tl.constexpr,
 ):
     blocks_per_row: tl.constexpr = (hidden_size + block_size - 1) // block_size
     block_idx = tl.program_id(0).to(tl.int64) * blocks_per_program + tl.arange(0, blocks_per_program)
@@ -43,21 +43,8 @@ def quantize_1x128_kernel(  # type: ignore[no-untyped-def]
         mask = in_range[:, None] & (start[:, None] + lane[None, :] < hidden_size)
 
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    # Magnitudes are compared as integers, which order like the numbers and put NaN above infinity.
-    magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
-    amax = magnitude.to(tl.float32, bitcast=True)
-    finite = magnitude < 0x7F800000
-
-    scales = tl.maximum(tl.div_rn(amax, tl.full((blocks_per_program,), fp8_max, tl.float32)), min_scale)
-    if power_of_two:  # rounds the exponent up unless the mantissa is zero
-        scales = ((scales.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    scales = tl.where(magnitude == 0, 1.0, scales)
-    scales = tl.where(finite, scales, float("nan"))
-
-    divisor = tl.broadcast_to(scales[:, None], (blocks_per_program, block_size))
-    q = tl.clamp(tl.div_rn(x, divisor), -fp8_max, fp8_max)
-    q = tl.where(finite[:, None], q, float("nan"))
-    tl.store(q_ptr + offsets, q.to(tl.float8e4nv), mask=mask)
+    q, scales = quantize_blocks(x, power_of_two)
+    tl.store(q_ptr + offsets, q, mask=mask)
     tl.store(scales_ptr + block_idx, scales, mask=in_range)
 
 
@@ -96,21 +83,9 @@ def quantize_1x128(x: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torc
         >>> q[0, :4].tolist(), q[0, 128:].tolist()
         ([448.0, -1.5, 8.0, 0.5], [-448.0, 16.0])
     """
-    if scale_format not in SCALE_FORMATS:
-        raise ValueError(f"scale_format must be one of {SCALE_FORMATS}, got {scale_format!r}")
-    if x.dim() != 2 or x.shape[1] == 0:
-        raise ValueError(f"x must be [num_tokens, hidden_size] with hidden_size > 0, got shape {tuple(x.shape)}")
-    if x.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"x must be bfloat16 or float32, got {x.dtype}")
-    if not x.is_contiguous():
-        raise ValueError(f"x must be contiguous, got strides {x.stride()}")
-    interpreted = not isinstance(quantize_1x128_kernel, triton.JITFunction)
-    if not interpreted:
-        if x.device.type != "cuda":
-            raise ValueError(f"x must be on a CUDA device, got {x.device} (TRITON_INTERPRET=1 runs kernels on the CPU)")
-        if torch.cuda.get_device_capability(x.device) < (8, 9):
-            raise ValueError(f"{torch.cuda.get_device_name(x.device)} has no FP8: compute capability 8.9 is needed")
-
+    check_scale_format(scale_format)
+    check_tensor("x", x, shape=("num_tokens", "hidden_size"), dtypes=FLOATS)
+    check_devices(quantize_1x128_kernel, x, capability=FP8_CAPABILITY)
     num_tokens, hidden_size = x.shape
     blocks_per_row = triton.cdiv(hidden_size, BLOCK_SIZE)
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
@@ -128,8 +103,6 @@ def quantize_1x128(x: torch.Tensor, *, scale_format: str = "fp32") -> tuple[torc
             power_of_two=scale_format == "ue8m0",
             blocks_per_program=BLOCKS_PER_PROGRAM,
             block_size=BLOCK_SIZE,
-            fp8_max=FP8_MAX,
-            min_scale=MIN_SCALE,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )

@@ -1,0 +1,54 @@
+"""What every wrapper asks of its tensors. All refusals are ValueErrors, raised before anything is launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .reference import SCALE_FORMATS
+
+FP8_CAPABILITY = (8, 9)
+FLOATS = (torch.bfloat16, torch.float32)
+
+# Options of a launch that keep its device_asserts, and add none of Triton's own to integer arithmetic.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
+def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Shape (a word stands for any size, 0 only if it is the first), dtype and layout."""
+    words = ", ".join(map(str, shape))
+    if x.dim() != len(shape) or any(
+        isinstance(want, int) and size != want for size, want in zip(x.shape, shape, strict=False)
+    ):
+        raise ValueError(f"{name} must be [{words}], got shape {tuple(x.shape)}")
+    for size, want in zip(x.shape[1:], shape[1:], strict=True):
+        if size == 0:
+            raise ValueError(f"{name} must be [{words}] with {want} > 0, got shape {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {allowed}, got {x.dtype}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def check_devices(kernel: Any, *tensors: Tensor | None, capability: tuple[int, int] | None = None) -> None:
+    """All on one CUDA device, of at least this compute capability; under TRITON_INTERPRET=1 on the CPU."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on several devices: {', '.join(sorted(map(str, devices)))}")
+    device = devices.pop()
+    if not isinstance(kernel, triton.JITFunction):
+        return
+    if device.type != "cuda":
+        raise ValueError(f"tensors must be on a CUDA device, got {device} (TRITON_INTERPRET=1 runs kernels on the CPU)")
+    if capability is not None and torch.cuda.get_device_capability(device) < capability:
+        name, (major, minor) = torch.cuda.get_device_name(device), capability
+        raise ValueError(f"{name} does not suffice: compute capability {major}.{minor} is needed")
+
+
+def check_scale_format(scale_format: str) -> None:
+    if scale_format not in SCALE_FORMATS:
+        raise ValueError(f"scale_format must be one of {SCALE_FORMATS}, got {scale_format!r}")

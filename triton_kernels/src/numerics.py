@@ -1,0 +1,44 @@
+"""Device functions that kernels share: FP8 blocks and roundings, in the bits of moe_efa.quantization.
+
+Nothing here may be fused: kernels are launched with enable_fp_fusion=False.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .reference import FP8_MAX, MIN_SCALE
+
+_FP8_MAX = tl.constexpr(FP8_MAX)
+_MIN_SCALE = tl.constexpr(MIN_SCALE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def quantize_blocks(x, power_of_two: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[blocks, 128] fp32 -> the same as e4m3, and the scale of each block."""
+    # Magnitudes are compared as integers, which order like the numbers and put NaN above infinity.
+    magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    amax = magnitude.to(tl.float32, bitcast=True)
+    finite = magnitude < 0x7F800000
+
+    scales = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, _FP8_MAX, tl.float32)), _MIN_SCALE)
+    if power_of_two:  # rounds the exponent up unless the mantissa is zero
+        scales = ((scales.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    scales = tl.where(magnitude == 0, 1.0, scales)
+    scales = tl.where(finite, scales, float("nan"))
+
+    q = tl.clamp(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)), -_FP8_MAX, _FP8_MAX)
+    q = tl.where(finite[:, None], q, float("nan"))
+    return q.to(tl.float8e4nv), scales
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 -> bf16 or fp32, to nearest even; every NaN becomes the same one, whatever the hardware gives."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+        y = tl.where(x != x, 0x7FC0, bits).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = tl.where(x != x, float("nan"), x)
+    return y
