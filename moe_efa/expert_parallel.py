@@ -194,7 +194,8 @@ class ExpertParallel:
         In between the exchange goes on in the background, while x, topk_idx and topk_weights stay as they are. Any
         number of calls may be pending, of which one dispatch and one combine move at a time, in call order. Finish each
         of them once, in any order. The order of starting is a part of the order that all ranks share; that of finishing
-        is not. Backward starts where forward finished, and finishes where forward started.
+        is not. Backward starts where forward finished, and finishes where forward started. A call that nobody finishes,
+        as after an error in between, runs out by itself, also in :meth:`close`, and its results are dropped.
 
         Not inside functions for torch.compile, which cannot see the halves of a call.
 
@@ -265,7 +266,8 @@ class ExpertParallel:
             [T, H] in the dtype of the experts' result.
 
         Raises:
-            ValueError, ClosedError, TransportError: as :meth:`dispatch`.
+            ValueError, ClosedError, TransportError: as :meth:`dispatch`. What experts raise passes through, forward and
+                backward. If they raise on all ranks, and all catch it, the next call works as ever.
         """
         if waves is None:
             num_nodes = self.num_ranks // self.node_size
@@ -309,12 +311,15 @@ class ExpertParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after an exception fail the group instead, so that the other ranks get an error and do not wait."""
+        """Close; after an exception leave the group instead: ranks that need this one get an error that names it.
+
+        A rank that has, or comes to, an exception of its own before it needs this one keeps its own.
+        """
         if error is None:
             self.close()
         elif not self._closed:
             self._closed = True
-            self._native.abort(f"rank {self.rank} left the group after {type(error).__name__}: {error}")
+            self._native.leave(error)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """Another object of the same native group, to be closed by itself. Every rank copies, or none does."""

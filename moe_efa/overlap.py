@@ -250,19 +250,27 @@ def moe(
     combine_tickets = []
     outputs: Sequence[Tensor] = ()
     out = x
-    for wave in range(-WAVES_AHEAD, waves):
-        if 0 <= wave + WAVES_AHEAD < waves:
-            coming = wave + WAVES_AHEAD
-            tickets[coming] = start_dispatch(dispatches[coming], *parts[coming])
-        if wave < 0:
-            continue
-        ticket = tickets[wave]
-        assert ticket is not None
-        received = finish_dispatch(dispatches[wave], ticket)
-        y = ops.results_of(experts, received.rows, received.offsets)
-        if wave == 0:
-            out = empty_result(len(x), native.config.hidden_size, y.dtype)
-            outputs = torch.split(out, sizes)
-        combines.append(CombineHalves(group, received.plan, outputs[wave]))
-        combine_tickets.append(start_combine(combines[wave], y, received.weights))
-    return finish_combines(combines, out, combine_tickets)
+    try:
+        for wave in range(-WAVES_AHEAD, waves):
+            if 0 <= wave + WAVES_AHEAD < waves:
+                coming = wave + WAVES_AHEAD
+                tickets[coming] = start_dispatch(dispatches[coming], *parts[coming])
+            if wave < 0:
+                continue
+            ticket = tickets[wave]
+            assert ticket is not None
+            received = finish_dispatch(dispatches[wave], ticket)
+            y = ops.results_of(experts, received.rows, received.offsets)
+            if wave == 0:
+                out = empty_result(len(x), native.config.hidden_size, y.dtype)
+                outputs = torch.split(out, sizes)
+            combines.append(CombineHalves(group, received.plan, outputs[wave]))
+            combine_tickets.append(start_combine(combines[wave], y, received.weights))
+        return finish_combines(combines, out, combine_tickets)
+    except BaseException:
+        # The traceback holds this frame. What has been started runs out without us, for the sake of the other ranks.
+        for dispatch in dispatches:
+            dispatch.forward = None
+        for combine in combines:
+            combine.forward = None
+        raise
