@@ -9,6 +9,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -158,7 +160,7 @@ void in_another_thread(const Call& call) {
 
 void use_halves(Group& group, std::uint32_t rank, std::uint32_t num_ranks) {
   auto pool = std::make_shared<runtime::HostPool>(1 << 20);
-  for (std::uint32_t turn = 0; turn < 4; ++turn) {
+  for (std::uint32_t turn = 0; turn < 12; ++turn) {
     std::vector<Tokens> tokens;
     std::vector<Round> expected;
     for (std::uint32_t i = 0; i < 3; ++i) {
@@ -214,16 +216,18 @@ TEST_CASE("also in nodes of two ranks, and within one node") {
 }
 
 TEST_CASE("a failure finds calls in the background, and ends them") {
-  std::string failure = run_ranks(2, 1, false, [](Group& group, std::uint32_t rank) {
+  std::atomic<bool> started{false};
+  std::string failure = run_ranks(2, 1, false, [&](Group& group, std::uint32_t rank) {
     auto pool = std::make_shared<runtime::HostPool>(1 << 20);
     Tokens tokens(rank, 2, 1);
     in_one(group, tokens);
     std::uint64_t first = group.dispatch_start(tokens.request(), pool);
     if (rank == 1) {
-      runtime::sleep_us(1000);
+      while (!started) runtime::sleep_us(100);
       group.abort("of its own accord");
     } else {
       std::uint64_t never = group.dispatch_start(tokens.request(), pool);  // rank 1 does not enter this one
+      started = true;
       bool failed = false;
       try {
         group.finish(first);
