@@ -14,6 +14,7 @@ from moe_efa import native_group, ops, overlap
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
 from moe_efa.handle import DispatchResult, Handle, PendingCombine, PendingDispatch
+from moe_efa.late_gradients import LateGradients
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 1  # offsets are int32
@@ -207,7 +208,8 @@ class ExpertParallel:
         In between the exchange goes on in the background, while x, topk_idx and topk_weights stay as they are. Any
         number of calls may be pending, of which one dispatch and one combine move at a time, in call order. Finish each
         of them once, in any order. The order of starting is a part of the order that all ranks share; that of finishing
-        is not. Backward starts where forward finished, and finishes where forward started.
+        is not. Backward starts where forward finished, and finishes where forward started. A call that nobody finishes,
+        as after an error in between, runs out by itself, also in :meth:`close`, and its results are dropped.
 
         Not inside functions for torch.compile, which cannot see the halves of a call.
 
@@ -280,20 +282,78 @@ class ExpertParallel:
             [T, H] in the dtype of the experts' result.
 
         Raises:
-            ValueError, ClosedError, TransportError: as :meth:`dispatch`.
+            ValueError, ClosedError, TransportError: as :meth:`dispatch`. What experts raise passes through, forward and
+                backward. If they raise on all ranks, and all catch it, the next call works as ever.
         """
-        if waves is None:
-            num_nodes = self.num_ranks // self.node_size
-            waves = 1 if num_nodes == 1 else overlap.default_waves(self.config, num_nodes=num_nodes, dtype=x.dtype)
-        elif isinstance(waves, bool) or not isinstance(waves, int) or waves < 1:
-            raise ValueError(f"waves must be a positive integer, not {waves!r}")
-        if waves == 1 or ops.is_watched():
+        waves = self.num_waves(waves, dtype=x.dtype)
+        if waves == 1:
             received = self.dispatch(x, topk_idx, topk_weights, expert_alignment=expert_alignment)
             y = ops.results_of(experts, received.x, received.offsets)
             return self.combine(y, received.handle)
+        return self.moe_waves(
+            x,
+            topk_idx,
+            topk_weights,
+            lambda received: ops.results_of(experts, received.x, received.offsets),
+            waves=waves,
+            expert_alignment=expert_alignment,
+        )
+
+    def num_waves(self, waves: int | None, *, dtype: torch.dtype) -> int:
+        """Waves of a round of tokens in this dtype: 1 where that must be, else ``waves``, else as :meth:`moe` says."""
+        if waves is None:
+            num_nodes = self.num_ranks // self.node_size
+            waves = 1 if num_nodes == 1 else overlap.default_waves(self.config, num_nodes=num_nodes, dtype=dtype)
+        elif isinstance(waves, bool) or not isinstance(waves, int) or waves < 1:
+            raise ValueError(f"waves must be a positive integer, not {waves!r}")
+        return 1 if ops.is_watched() else waves
+
+    def moe_waves(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        compute: Callable[[DispatchResult], Tensor],
+        *,
+        waves: int,
+        weighted: bool = True,
+        expert_alignment: int = 1,
+        late: LateGradients | None = None,
+    ) -> Tensor:
+        """:meth:`moe` for layers with experts of their own kind. Collective; so is its backward. Not to be compiled.
+
+        Args:
+            x, topk_idx, topk_weights, expert_alignment: as in :meth:`dispatch`.
+            compute: gives the experts' results [rows, H] for what came in a wave; for the rest see ``experts`` of
+                :meth:`moe`.
+            waves: as :meth:`num_waves` gives it.
+            weighted: as in :meth:`combine`.
+            late: gradients of weights, queued by the backward of compute, which are computed while backward waits for
+                gradients of tokens, and thus keep no wave from leaving; see ``late_gradients.py``.
+
+        Returns:
+            [T, H] in the dtype of the results.
+
+        Raises:
+            ValueError, ClosedError, TransportError: as :meth:`moe`.
+        """
         self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same", None)
+        _check_not_compiling("moe_waves")
+
+        def results(received: ops.Dispatched, num_tokens: int) -> Tensor:
+            handle = self._make_handle(received, num_tokens, expert_alignment, None)
+            return ops.tie(compute(_result(received.rows, handle)).contiguous(), received.rows)
+
         return overlap.moe(
-            x, topk_idx, topk_weights, experts, native=self._native, expert_alignment=expert_alignment, waves=waves
+            x,
+            topk_idx,
+            topk_weights,
+            results,
+            native=self._native,
+            expert_alignment=expert_alignment,
+            waves=waves,
+            weighted=weighted,
+            late=late,
         )
 
     def stats(self) -> dict[str, Any]:
@@ -324,12 +384,15 @@ class ExpertParallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close; after an exception fail the group instead, so that the other ranks get an error and do not wait."""
+        """Close; after an exception leave the group instead: ranks that need this one get an error that names it.
+
+        A rank that has, or comes to, an exception of its own before it needs this one keeps its own.
+        """
         if error is None:
             self.close()
         elif not self._closed:
             self._closed = True
-            self._native.abort(f"rank {self.rank} left the group after {type(error).__name__}: {error}")
+            self._native.leave(error)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallel:
         """Another object of the same native group, to be closed by itself. Every rank copies, or none does."""

@@ -6,6 +6,7 @@ Tensors in, tensors out; arguments have been checked. It knows nothing of autogr
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -33,11 +34,20 @@ _CONFIG_ERROR_TIMEOUT_S = 60.0  # a rank without a configuration waits so long f
 
 
 class StartedCall:
-    """One call between its halves. What it reads and writes is kept, and must not change, until it is finished."""
+    """One call between its halves. What it reads and writes is kept, and must not change, until it is done.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    One that is dropped before it was finished, as after an error between the halves, goes on all the same, since the
+    other ranks count on it; nobody gets its results.
+    """
+
+    def __init__(self, dtype: torch.dtype, dropped: collections.deque[int]) -> None:
         self.dtype = dtype  # of its result
         self.ticket: int | None = None
+        self._dropped = dropped
+
+    def __del__(self) -> None:
+        if self.ticket is not None:
+            self._dropped.append(self.ticket)  # at any time in any thread: no lock, no call
 
 
 class NativeGroup:
@@ -56,7 +66,8 @@ class NativeGroup:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._closed: Exception | None = None  # what calls raise once the native group is closed
-        self._kept: dict[StartedCall, tuple[Tensor | None, ...]] = {}  # what started calls read and write
+        self._kept: dict[int, tuple[Tensor | None, ...]] = {}  # by ticket: what started calls read and write
+        self._dropped: collections.deque[int] = collections.deque()  # tickets of those that nobody will finish
         self._ending = False  # no new calls: the process waits for the lock
 
     def dispatch(
@@ -209,10 +220,8 @@ class NativeGroup:
             topk_weight_grads_ptr=_pointer(topk_weight_grads),
             gradient=gradient,
         )
-        started = StartedCall(y.dtype)
-        self._kept[started] = (y, weights, weight_grads, out, topk_weight_grads)
-        self._start(started, lambda: self._native.combine_start(args))
-        return started
+        memory = (y, weights, weight_grads, out, topk_weight_grads)
+        return self._start(y.dtype, memory, lambda: self._native.combine_start(args))
 
     def finish(self, started: StartedCall) -> _C.DispatchBuffers:
         """Wait for the second half of a call. Once."""
@@ -223,7 +232,12 @@ class NativeGroup:
             with self._call():
                 return self._native.finish(ticket)
         finally:  # done, or given up by all threads
-            self._kept.pop(started, None)
+            self._kept.pop(ticket, None)
+
+    def has_ended(self, started: StartedCall) -> bool:
+        """Whether :meth:`finish` would give, or raise, at once."""
+        with self._call():
+            return started.ticket is None or self._native.ended(started.ticket)
 
     def finish_dispatch(self, started: StartedCall) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor | None]:
         """(plan, rows, scales of FP8 rows, weights of a fresh dispatch), as the calls in one."""
@@ -238,18 +252,22 @@ class NativeGroup:
         return plan, rows, scales, weights
 
     def _start_dispatch(self, args: _C.DispatchArgs, dtype: torch.dtype, *memory: Tensor) -> StartedCall:
-        started = StartedCall(dtype)
-        self._kept[started] = memory
-        self._start(started, lambda: self._native.dispatch_start(args, host_memory.pool()))
+        return self._start(dtype, memory, lambda: self._native.dispatch_start(args, host_memory.pool()))
+
+    def _start(self, dtype: torch.dtype, memory: tuple[Tensor | None, ...], start: Callable[[], int]) -> StartedCall:
+        started = StartedCall(dtype, self._dropped)
+        with self._call():
+            started.ticket = ticket = start()
+            self._kept[ticket] = memory
         return started
 
-    def _start(self, started: StartedCall, start: Callable[[], int]) -> None:
-        try:
-            with self._call():
-                started.ticket = start()
-        except Exception:
-            del self._kept[started]
-            raise
+    def _forget_dropped(self) -> None:
+        for _ in range(len(self._dropped)):
+            ticket = self._dropped.popleft()
+            if self._native.forget(ticket):
+                self._kept.pop(ticket, None)
+            else:
+                self._dropped.append(ticket)
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction."""
@@ -284,9 +302,12 @@ class NativeGroup:
                     rendezvous.discard(native)
                 self._kept.clear()
 
-    def abort(self, message: str) -> None:
-        """Fail the group on every rank, so that nobody waits for this one, and close it here."""
-        self._close_here(TransportError(message, rank=self.rank), _EXIT_TIMEOUT_S)
+    def leave(self, error: BaseException) -> None:
+        """Close here because of an error of the caller's: who needs this rank from now on gets an error that tells it.
+
+        Whoever does not, such as ranks with the same error, is left alone.
+        """
+        self._close_here(f"left the group after {type(error).__name__}: {error}", _EXIT_TIMEOUT_S)
 
     def refuse_calls(self) -> None:
         """From now on calls raise, so that threads which go on calling cannot keep :meth:`close_at_exit` waiting."""
@@ -300,15 +321,16 @@ class NativeGroup:
         if os.getpid() != self._pid:
             raise ClosedError("this ExpertParallel belongs to the process that forked this one")
 
-    def _close_here(self, reason: TransportError | None, timeout_s: float) -> None:
+    def _close_here(self, reason: str | None, timeout_s: float) -> None:
         if not self._lock.acquire(timeout=timeout_s):
             return
         try:
             if self._closed is None:
-                native = self._take_native(reason or ClosedError("the process is ending"))
-                if reason is not None:
-                    native.abort(str(reason))
-                rendezvous.discard(native)
+                if reason is None:
+                    native = self._take_native(ClosedError("the process is ending"))
+                else:
+                    native = self._take_native(TransportError(f"rank {self.rank} {reason}", rank=self.rank))
+                rendezvous.discard(native, reason or "")
                 self._kept.clear()
         finally:
             self._lock.release()
@@ -357,6 +379,8 @@ class NativeGroup:
                 raise self._closed
             if self._ending:
                 raise ClosedError("the process is ending")
+            if self._dropped:
+                self._forget_dropped()
             try:
                 yield
             except TransportError:

@@ -2,7 +2,8 @@
 
 Start and finish are nodes of their own in the autograd graph, joined by a ticket, a tensor without meaning. Backward
 turns them around: the backward of finish starts the exchange of the gradients, that of start waits for it. Autograd
-runs nodes that are ready by descending creation, so backward overlaps as forward did, in one order on all ranks.
+runs nodes that are ready by descending creation, so backward overlaps as forward did, in one order on all ranks. While
+it waits it computes what may be late (see late_gradients.py), so that gradients of weights keep no wave from leaving.
 
     dispatch:  start(x, topk_weights) -> ticket;  finish(ticket) -> rows, weights
     combine:   start(y, weights) -> ticket;       finish(tickets) -> out
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_efa import host_memory, native_group, ops, plan_tensor
 from moe_efa.config import ExpertParallelConfig
+from moe_efa.late_gradients import LateGradients, Queue
 from moe_efa.native_group import NativeGroup, StartedCall
 
 MOST_WAVES = 8
@@ -64,6 +66,7 @@ class DispatchHalves:
     ) -> None:
         self.group, self.expert_alignment, self.output, self.capacity = group, expert_alignment, output, capacity
         self.plan = plan
+        self.late: Queue | None = None
         self.needs_weights = False  # a gradient of topk_weights
         self.num_tokens = 0
         self.forward: StartedCall | None = None
@@ -88,6 +91,7 @@ class CombineHalves:
 
     def __init__(self, group: str, plan: Tensor, out: Tensor) -> None:
         self.group, self.plan, self.out = group, plan, out
+        self.late: Queue | None = None
         self.forward: StartedCall | None = None
         self.gradient: StartedCall | None = None
 
@@ -135,7 +139,9 @@ class _StartDispatch(torch.autograd.Function):
         assert call is not None
         assert gradients is not None
         halves.gradient = halves.gradients = None
-        native_group.find(halves.group).finish(call)
+        native = native_group.find(halves.group)
+        _use_the_time(halves.late, native, call)
+        native.finish(call)
         return gradients[0] if ctx.needs_input_grad[0] else None, gradients[1], None, None
 
 
@@ -201,7 +207,9 @@ class _StartCombine(torch.autograd.Function):
         call = halves.gradient
         assert call is not None
         halves.gradient = None
-        grad_rows = native_group.find(halves.group).finish_dispatch(call)[1]
+        native = native_group.find(halves.group)
+        _use_the_time(halves.late, native, call)
+        grad_rows = native.finish_dispatch(call)[1]
         grad_y, grad_weights = ops.combine_gradients(
             grad_rows, weights, y, plan, group=halves.group, needs_y=ctx.needs_input_grad[0]
         )
@@ -237,17 +245,30 @@ def _ticket() -> Tensor:
     return torch.zeros(1)
 
 
+def _use_the_time(late: Queue | None, native: NativeGroup, call: StartedCall) -> None:
+    if late is not None:
+        late.run_while(lambda: not native.has_ended(call))
+
+
 def moe(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor,
-    experts: Callable[[Tensor, Tensor], Tensor],
+    compute: Callable[[ops.Dispatched, int], Tensor],
     *,
     native: NativeGroup,
     expert_alignment: int,
     waves: int,
+    weighted: bool = True,
+    late: LateGradients | None = None,
 ) -> Tensor:
-    """Dispatch, experts and combine in waves: a few dispatches are ahead of the experts, all combines behind them."""
+    """Dispatch, experts and combine in waves: a few dispatches are ahead of the experts, all combines behind them.
+
+    Args:
+        compute: what the experts make of what came, and of how many tokens of this rank's that wave has.
+        weighted: the combines multiply by the weights.
+        late: gradients to be computed while backward waits for those on their way.
+    """
     group = native.name
     sizes = wave_sizes(len(x), waves)
     parts = list(zip(*(torch.split(tensor, sizes) for tensor in (x, topk_idx, topk_weights)), strict=True))
@@ -257,19 +278,29 @@ def moe(
     combine_tickets = []
     outputs: Sequence[Tensor] = ()
     out = x
-    for wave in range(-WAVES_AHEAD, waves):
-        if 0 <= wave + WAVES_AHEAD < waves:
-            coming = wave + WAVES_AHEAD
-            tickets[coming] = start_dispatch(dispatches[coming], *parts[coming])
-        if wave < 0:
-            continue
-        ticket = tickets[wave]
-        assert ticket is not None
-        received = finish_dispatch(dispatches[wave], ticket)
-        y = ops.results_of(experts, received.rows, received.offsets)
-        if wave == 0:
-            out = empty_result(len(x), native.config.hidden_size, y.dtype)
-            outputs = torch.split(out, sizes)
-        combines.append(CombineHalves(group, received.plan, outputs[wave]))
-        combine_tickets.append(start_combine(combines[wave], y, received.weights))
-    return finish_combines(combines, out, combine_tickets)
+    try:
+        for wave in range(-WAVES_AHEAD, waves):
+            if 0 <= wave + WAVES_AHEAD < waves:
+                coming = wave + WAVES_AHEAD
+                tickets[coming] = start_dispatch(dispatches[coming], *parts[coming])
+            if wave < 0:
+                continue
+            ticket = tickets[wave]
+            assert ticket is not None
+            received = finish_dispatch(dispatches[wave], ticket)
+            y = compute(received, sizes[wave])
+            if wave == 0:
+                out = empty_result(len(x), native.config.hidden_size, y.dtype)
+                outputs = torch.split(out, sizes)
+            combines.append(CombineHalves(group, received.plan, outputs[wave]))
+            if late is not None:
+                combines[wave].late = dispatches[wave].late = late.queue
+            combine_tickets.append(start_combine(combines[wave], y, received.weights if weighted else None))
+        return finish_combines(combines, out, combine_tickets)
+    except BaseException:
+        # The traceback holds this frame. What has been started runs out without us, for the sake of the other ranks.
+        for dispatch in dispatches:
+            dispatch.forward = None
+        for combine in combines:
+            combine.forward = None
+        raise

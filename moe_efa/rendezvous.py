@@ -328,10 +328,14 @@ def _abort(native: _C.Group, error: BaseException) -> None:
             native.abort(f"{type(error).__name__} during construction: {error}")
 
 
-def discard(native: _C.Group) -> None:
-    """Close a native group that is of no use any more, without its peers and without errors."""
+def discard(native: _C.Group, reason: str = "") -> None:
+    """Close a native group that is of no use any more, without its peers and without errors.
+
+    Args:
+        reason: the error that makes this rank leave, for those who turn out to need it.
+    """
     with contextlib.suppress(Exception):
-        native.close(collective=False, timeout_s=_CLOSE_TIMEOUT_S)
+        native.close(collective=False, timeout_s=_CLOSE_TIMEOUT_S, reason=reason)
 
 
 def _step(meeting: Rendezvous, name: str, action: Callable[[], Any]) -> list[Any]:

@@ -30,7 +30,7 @@ INPUT_OUTPUT = re.compile(
 PYTHON_LAYERS = (
     ("_C", "_version", "env", "errors", "config", "presets", "topology"),
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
-    ("handle", "native_group", "plan_tensor"),
+    ("handle", "native_group", "plan_tensor", "late_gradients"),
     ("ops",),
     ("overlap",),
     ("checkpoint",),

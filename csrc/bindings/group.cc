@@ -280,6 +280,8 @@ void bind_group(py::module_& module) {
       .def("dispatch_start", &Group::dispatch_start, py::arg("args"), py::arg("pool"), release())
       .def("combine_start", &Group::combine_start, py::arg("args"), release())
       .def("finish", &Group::finish, py::arg("ticket"), release())
+      .def("ended", &Group::ended, py::arg("ticket"), release())
+      .def("forget", &Group::forget, py::arg("ticket"), release())
       .def(
           "abort", [](Group& group, const std::string& message) { group.abort(message); }, py::arg("message"),
           release())
@@ -290,7 +292,8 @@ void bind_group(py::module_& module) {
                                        -1, -1, -1, message});
           },
           py::arg("message"), py::kw_only(), py::arg("rank"), py::arg("lost"), release())
-      .def("close", &Group::close, py::kw_only(), py::arg("collective"), py::arg("timeout_s"), release())
+      .def("close", &Group::close, py::kw_only(), py::arg("collective"), py::arg("timeout_s"), py::arg("reason") = "",
+           release())
       .def("stats",
            [](Group& group) {
              runtime::GroupStats stats;

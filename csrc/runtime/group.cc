@@ -253,10 +253,13 @@ void Group::check_departures(Phase phase, std::int64_t epoch) {
   for (std::uint32_t rank : neighbours()) {
     std::optional<std::uint64_t> calls = liveness_->goodbye_of(static_cast<int>(rank));
     if (!calls || *calls >= state_.call) continue;
+    std::string reason = liveness_->reason_of(static_cast<int>(rank));
     std::ostringstream text;
-    text << "rank " << rank << " closed the group (or its process ended: see its own error) while rank "
+    text << "rank " << rank << ' '
+         << (reason.empty() ? "closed the group (or its process ended: see its own error)" : reason) << " while rank "
          << config_.topology.rank << " was in " << proto::phase_name(phase) << " epoch " << epoch;
-    fail({StatusCode::kPeerLost, static_cast<int>(rank), static_cast<int>(phase), epoch, -1, text.str()});
+    fail({reason.empty() ? StatusCode::kPeerLost : StatusCode::kTransport, static_cast<int>(rank),
+          static_cast<int>(phase), epoch, -1, text.str()});
   }
 }
 
@@ -525,6 +528,7 @@ std::uint64_t Group::combine_start(const CombineRequest& request) {
 }
 
 std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
+  call->number = state_.call - 1;
   moving_[static_cast<int>(call->phase())].push_back(call);
   pending_.emplace(next_ticket_, std::move(call));
   settle_background();
@@ -552,6 +556,23 @@ DispatchBuffers Group::finish(std::uint64_t ticket) {
   phase_stats_[static_cast<int>(call->phase())].seconds += monotonic_s() - begin;
   if (call->phase() == Phase::kCombine) return {};
   return static_cast<StartedDispatch&>(*call).take_results();
+}
+
+bool Group::ended(std::uint64_t ticket) const {
+  auto found = pending_.find(ticket);
+  return found == pending_.end() || found->second->done() || failed_.load() || liveness_->failed();
+}
+
+bool Group::forget(std::uint64_t ticket) {
+  auto found = pending_.find(ticket);
+  if (found == pending_.end()) return true;
+  if (!found->second->done()) {
+    std::lock_guard lock(calls_mutex_);
+    const auto& moving = moving_[static_cast<int>(found->second->phase())];
+    if (std::find(moving.begin(), moving.end(), found->second) != moving.end()) return false;
+  }
+  pending_.erase(found);
+  return true;
 }
 
 bool Group::step_started() {
@@ -615,26 +636,70 @@ void Group::abort(const Status& status) {
   failure_raised_ = true;
 }
 
-void Group::close(bool collective, double timeout_s) {
+// What this rank owes is written and credited before it leaves, by calls that it started and did not finish as well
+// (I13): the background goes on with those. Short, since others may never enter them.
+void Group::drain(double most_s) {
+  double begin = monotonic_s();
+  auto idle = [this] {
+    if (calls_done() < state_.call && !left_behind()) return false;
+    bool idle = true;
+    if (driver_) {
+      driver_->inspect([&](engine::Engine& engine) { idle = engine.idle() && descriptors_->empty(); });
+    }
+    return idle;
+  };
+  while (!idle() && !failed_.load() && !liveness_->failed() && monotonic_s() - begin < most_s) {
+    if (!driver_) {
+      sleep_us(kRailsPauseUs);
+    } else if (!driver_->try_step()) {
+      sched_yield();
+    }
+  }
+}
+
+// Calls before the first that still moves.
+std::uint64_t Group::calls_done() {
+  std::lock_guard lock(calls_mutex_);
+  std::uint64_t calls = state_.call;
+  for (const auto& moving : moving_) {
+    if (!moving.empty()) calls = std::min(calls, moving.front()->number);
+  }
+  return calls;
+}
+
+// Whether the call that still moves waits for a rank that left before it.
+bool Group::left_behind() {
+  if (!liveness_->any_goodbye()) return false;
+  std::uint64_t done = calls_done();
+  std::vector<std::uint32_t> ranks = neighbours();
+  return std::any_of(ranks.begin(), ranks.end(), [&](std::uint32_t rank) {
+    std::optional<std::uint64_t> calls = liveness_->goodbye_of(static_cast<int>(rank));
+    return calls && *calls <= done;
+  });
+}
+
+void Group::close(bool collective, double timeout_s, const std::string& reason) {
   if (closed_) return;
   auto broken = [this] { return failed_.load() || liveness_->failed(); };
   Status failure;
+  bool others_need_this_rank = false;
   try {
     if (started_ && dispatch_) {
       abort("closed in the middle of a dispatch");
-    } else if (started_ && !pending_.empty()) {
-      abort("closed with " + std::to_string(pending_.size()) + " started calls that were not finished");
     } else if (started_ && !broken()) {
-      double begin = monotonic_s();
-      // What this rank owes is written and credited before it leaves (I13).
-      for (bool idle = !driver_; !idle && !broken() && monotonic_s() - begin < std::min(timeout_s, kDrainS);) {
-        if (!driver_->try_step()) sched_yield();
-        driver_->inspect([&](engine::Engine& engine) { idle = engine.idle() && descriptors_->empty(); });
+      drain(std::min(timeout_s, kDrainS));
+      if (!broken()) {
+        // Who waits for the others goes on serving the calls that it entered; who does not vouches for those that
+        // ended.
+        liveness_->goodbye(collective ? state_.call : calls_done(), reason);
+        if (collective) close_together(timeout_s);
+        // Then this rank knows best why it closed.
+        Status heard = liveness_->failure();
+        others_need_this_rank =
+            heard.code == StatusCode::kPeerLost && heard.rank == static_cast<int>(config_.topology.rank);
       }
-      liveness_->goodbye(state_.call);
-      if (collective) close_together(timeout_s);
     }
-    if (started_ && collective && broken() && !failure_raised_) check_open();
+    if (started_ && collective && broken() && !failure_raised_ && !others_need_this_rank) check_open();
   } catch (const StatusError& error) {
     failure = error.status();
   }

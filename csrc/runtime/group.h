@@ -109,12 +109,18 @@ class Group {
   std::uint64_t dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool);
   std::uint64_t combine_start(const CombineRequest& request);
   DispatchBuffers finish(std::uint64_t ticket);  // empty for a combine
+  bool ended(std::uint64_t ticket) const;        // finish() would not wait
+  // Instead of finish(): true, and the ticket is gone, once the call touches no memory of the caller's any more.
+  // Nothing else ends a call that was started: its results are dropped, but the others get from this rank what it owes
+  // them.
+  bool forget(std::uint64_t ticket);
 
   // Fails the group on every rank. The blame is on this rank, unless the caller knows better.
   void abort(const std::string& message);
   void abort(const common::Status& status);
-  // Drains; waits for the others when `collective`. Throws kPeerTimeout naming nobody's fault but the clock's.
-  void close(bool collective, double timeout_s);
+  // Lets started calls run out and drains; waits for the others when `collective`. Throws kPeerTimeout naming nobody's
+  // fault but the clock's. `reason`: the error that makes this rank leave, for those who turn out to need it.
+  void close(bool collective, double timeout_s, const std::string& reason = {});
 
   GroupStats stats();
   GroupInfo info() const;
@@ -126,6 +132,9 @@ class Group {
   void check_open(std::optional<proto::Phase> entering = std::nullopt);
   bool peer_left(std::uint32_t rank, bool wait) const;
   void check_departures(proto::Phase phase, std::int64_t epoch);
+  void drain(double most_s);
+  std::uint64_t calls_done();
+  bool left_behind();
   void close_together(double timeout_s);
   struct Prepared {
     std::shared_ptr<kernels::Plan> plan;
@@ -180,7 +189,7 @@ class Group {
   std::shared_ptr<kernels::Plan> dispatch_plan_;
   proto::DType dispatch_wire_ = proto::DType::kBf16, dispatch_out_ = proto::DType::kBf16;
   // Counters, kernels and descriptors belong to whoever holds the mutex: the caller or the background.
-  std::mutex calls_mutex_;
+  mutable std::mutex calls_mutex_;
   std::deque<std::shared_ptr<StartedCall>> moving_[proto::kNumPhases];  // not done; the first of a phase is stepped
   bool caller_waits_ = false, in_background_ = false;
   std::map<std::uint64_t, std::shared_ptr<StartedCall>> pending_;  // not finished; the caller's alone

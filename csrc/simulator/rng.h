@@ -26,6 +26,7 @@ enum class Stream : std::uint64_t {
   kWeight,
   kFp8,
   kStatic,
+  kAhead,
 };
 
 class Rng {

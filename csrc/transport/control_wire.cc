@@ -46,6 +46,12 @@ class Reader {
   bool ok_ = true;
 };
 
+// A text ends up in a Python str and on a terminal.
+std::string plain_ascii(std::string text) {
+  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return (c < 0x20 && c != '\n') || c > 0x7e; }, '?');
+  return text;
+}
+
 std::string frame_of(ControlType type, const std::string& payload) {
   std::string bytes;
   put(bytes, static_cast<std::uint8_t>(type));
@@ -82,10 +88,10 @@ std::string encode_heartbeat(std::int32_t suspect) {
   return frame_of(ControlType::kHeartbeat, payload);
 }
 
-std::string encode_goodbye(std::uint64_t progress) {
+std::string encode_goodbye(std::uint64_t progress, const std::string& reason) {
   std::string payload;
   put(payload, progress);
-  return frame_of(ControlType::kGoodbye, payload);
+  return frame_of(ControlType::kGoodbye, payload + reason.substr(0, kMaxAbortText));
 }
 
 std::string encode_empty(ControlType type) { return frame_of(type, {}); }
@@ -126,11 +132,7 @@ bool decode_abort(const std::string& payload, common::Status& status) {
   bool known = code > static_cast<std::int32_t>(common::StatusCode::kOk) &&
                code <= static_cast<std::int32_t>(common::StatusCode::kInternal);
   status.code = static_cast<common::StatusCode>(code);
-  status.message = reader.rest();
-  // The text ends up in a Python str and on a terminal: plain ASCII only.
-  std::replace_if(
-      status.message.begin(), status.message.end(), [](unsigned char c) { return (c < 0x20 && c != '\n') || c > 0x7e; },
-      '?');
+  status.message = plain_ascii(reader.rest());
   return known && valid_rank(status.rank) && valid_phase(status.phase) && status.epoch >= -1 && status.chunk >= -1 &&
          status.message.size() <= kMaxAbortText;
 }
@@ -143,10 +145,12 @@ bool decode_heartbeat(const std::string& payload, std::int32_t& suspect) {
   return reader.ok() && reader.rest().empty() && valid_rank(suspect);
 }
 
-bool decode_goodbye(const std::string& payload, std::uint64_t& progress) {
+bool decode_goodbye(const std::string& payload, std::uint64_t& progress, std::string& reason) {
   Reader reader(payload);
   progress = reader.get<std::uint64_t>();
-  return reader.ok() && reader.rest().empty();
+  if (!reader.ok()) return false;
+  reason = plain_ascii(reader.rest());
+  return reason.size() <= kMaxAbortText;
 }
 
 }  // namespace moe_efa::transport

@@ -158,13 +158,14 @@ void Liveness::abort(const common::Status& status) {
   wait_flushed(lock);
 }
 
-void Liveness::goodbye(std::uint64_t progress) {
+void Liveness::goodbye(std::uint64_t progress, const std::string& reason) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (departed_) return;
   departed_ = true;
   progress_ = progress;
+  reason_ = reason;
   for (Link& link : links_) {
-    if (link.state == LinkState::kUp) send(link, encode_goodbye(progress_));
+    if (link.state == LinkState::kUp) send(link, encode_goodbye(progress_, reason_));
   }
 }
 
@@ -174,6 +175,14 @@ std::optional<std::uint64_t> Liveness::goodbye_of(int rank) const {
     if (link.peer.rank == rank && link.said_goodbye) return link.progress;
   }
   return std::nullopt;
+}
+
+std::string Liveness::reason_of(int rank) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Link& link : links_) {
+    if (link.peer.rank == rank && link.said_goodbye) return link.reason;
+  }
+  return {};
 }
 
 common::Status Liveness::missing_goodbye() const {

@@ -61,10 +61,11 @@ class Liveness {
   void abort(const common::Status& status);
 
   // Says that this rank needs its peers no more: from now on their silence and EOF are normal, as is ours to them.
-  // `progress` is for the peers: how far the caller came.
-  void goodbye(std::uint64_t progress = 0);
+  // For the peers: how far the caller came, and what made it leave, if that is an error.
+  void goodbye(std::uint64_t progress = 0, const std::string& reason = {});
   bool peer_said_goodbye(int rank) const { return goodbye_of(rank).has_value(); }
   std::optional<std::uint64_t> goodbye_of(int rank) const;  // the progress that the peer left with
+  std::string reason_of(int rank) const;                    // and why; "" where it had nothing to tell
   bool any_goodbye() const { return any_goodbye_.load(std::memory_order_relaxed); }  // lock-free
   // True when every peer said goodbye or is gone; false on timeout, or at once after a failure.
   bool wait_goodbyes(double timeout_s);
@@ -96,6 +97,7 @@ class Liveness {
     bool broken = false;  // a send failed; what the peer sent before is still read
     bool said_goodbye = false, said_farewell = false;
     std::uint64_t progress = 0;  // with its goodbye
+    std::string reason;          // also
     int suspect = -1;            // with its last heartbeat
     bool turned_away = false;
     std::string in, out, trouble;
@@ -158,6 +160,7 @@ class Liveness {
   bool said_farewell_ = false;
   std::optional<Clock::time_point> away_since_;
   std::uint64_t progress_ = 0;
+  std::string reason_;
   bool stopping_ = false;
   Clock::time_point next_beat_, last_wake_, accept_after_;
 

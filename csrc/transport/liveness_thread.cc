@@ -215,7 +215,8 @@ void Liveness::take_frames(Link& link, Clock::time_point now) {
     common::Status status;
     if (valid && frame.type == ControlType::kAbort && decode_abort(frame.payload, status)) {
       record(status, &link);
-    } else if (valid && frame.type == ControlType::kGoodbye && decode_goodbye(frame.payload, link.progress)) {
+    } else if (valid && frame.type == ControlType::kGoodbye &&
+               decode_goodbye(frame.payload, link.progress, link.reason)) {
       link.said_goodbye = true;
       any_goodbye_.store(true, std::memory_order_relaxed);
     } else if (valid && frame.type == ControlType::kFarewell) {
@@ -251,7 +252,7 @@ void Liveness::bring_up(Link& link, Clock::time_point now) {
   ++num_up_;
   if (accepted) send(link, encode_hello({kControlVersion, config_.rank, config_.job_key}));
   if (failed()) send(link, encode_abort(failure_));
-  if (departed_) send(link, encode_goodbye(progress_));
+  if (departed_) send(link, encode_goodbye(progress_, reason_));
   if (accepted) take_frames(link, now);  // what came with its greeting
 }
 

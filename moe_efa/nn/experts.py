@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from moe_efa.late_gradients import LateGradients, Queue
 from moe_efa.nn.autocast import autocast_dtype
 from moe_efa.nn.grouped_mm import grouped_mm, grouped_outer
 from moe_efa.nn.initialization import draw_seed, normal_
@@ -77,7 +79,27 @@ class SwiGLUExperts(nn.Module):
                 label = f"expert {self.first_expert + local} {name}"
                 normal_(expert, std=self.initializer_range, seed=self.seed, name=label)
 
-    def forward(self, rows: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    def late_gradients(self) -> LateGradients | None:
+        """For several calls of one forward pass; None where the parameters are not at hand, or need no gradients.
+
+        Those of a sharded module show up while it is called, and their hooks count its calls; a compiled module cannot
+        hold the queue.
+        """
+        if not torch.is_grad_enabled() or self._compiled_call_impl is not None:
+            return None
+        local, hidden, size = self.num_local_experts, self.hidden_size, self.intermediate_size
+        shapes = ((local, 2 * size, hidden), (local, hidden, size))
+        parameters = (self.gate_up_proj, self.down_proj)
+        if not any(parameter.requires_grad for parameter in parameters):
+            return None
+        for parameter, shape in zip(parameters, shapes, strict=True):
+            if type(parameter) not in (Tensor, nn.Parameter) or parameter.shape != shape:
+                return None
+        return LateGradients(*parameters)
+
+    def forward(
+        self, rows: Tensor, offsets: Tensor, weights: Tensor | None = None, late: LateGradients | None = None
+    ) -> Tensor:
         """The experts' results, row by row.
 
         Args:
@@ -85,6 +107,7 @@ class SwiGLUExperts(nn.Module):
                 dtype, as those of a linear layer are, and the results back to that of the rows.
             offsets: [E_local + 1] int32, where each expert's rows begin; ``offsets[-1] == R``.
             weights: [R] fp32 factors of the results, differentiable; None is 1.
+            late: of :meth:`late_gradients`: backward queues the parameters' gradients there.
 
         Returns:
             [R, H] in the rows' dtype. Experts without rows get zero gradients.
@@ -101,6 +124,10 @@ class SwiGLUExperts(nn.Module):
         if weights is not None and weights.shape != rows.shape[:1]:
             raise ValueError(f"weights must be [{rows.shape[0]}], not {list(weights.shape)}")
         dtype = autocast_dtype(rows) or rows.dtype
+        if late is not None:
+            inputs = (*late.weights, rows.to(dtype), weights, offsets)
+            y: Tensor = _LateExperts.apply(*inputs, self.recompute, late.queue)  # type: ignore[no-untyped-call]
+            return y.to(rows.dtype)
         gate_up_proj, down_proj = self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         y, _ = _experts(rows.to(dtype), weights, gate_up_proj, down_proj, offsets, self.recompute)
         return y.to(rows.dtype)
@@ -157,8 +184,7 @@ def _experts_backward(
     if needs_down:
         grad_down_proj = grouped_outer(grad_y, weighted_swiglu(gate_up, weights), offsets)
     if needs_rows or needs_weights or needs_gate_up:
-        grad_hidden = grouped_mm(grad_y, down_proj, offsets)
-        grad_gate_up, of_weights = weighted_swiglu_backward(grad_hidden, gate_up, weights)
+        grad_gate_up, of_weights = _activation_backward(grad_y, gate_up, weights, down_proj, offsets)
         if needs_weights and of_weights is not None:
             grad_weights = of_weights
         if needs_gate_up:
@@ -166,6 +192,13 @@ def _experts_backward(
         if needs_rows:
             grad_rows = grouped_mm(grad_gate_up, gate_up_proj, offsets)
     return grad_rows, grad_weights, grad_gate_up_proj, grad_down_proj
+
+
+def _activation_backward(
+    grad_y: Tensor, gate_up: Tensor, weights: Tensor | None, down_proj: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """-> gradients of gate_up and of the weights."""
+    return weighted_swiglu_backward(grouped_mm(grad_y, down_proj, offsets), gate_up, weights)
 
 
 @_experts.register_fake
@@ -209,6 +242,52 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
 
 
 _experts.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _LateExperts(torch.autograd.Function):
+    """The same, in the rows' dtype, but backward leaves the gradients of the parameters to whoever runs the queue."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        rows: Tensor,
+        weights: Tensor | None,
+        offsets: Tensor,
+        recompute: bool,
+        queue: Queue,
+    ) -> Tensor:
+        dtype = rows.dtype
+        y, gate_up = _experts(rows, weights, gate_up_proj.to(dtype), down_proj.to(dtype), offsets, recompute)
+        ctx.queue = queue
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gate_up_proj, down_proj, rows, weights, offsets, None if recompute else gate_up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        gate_up_proj, down_proj, rows, weights, offsets, gate_up = ctx.saved_tensors
+        if grad_y is None:
+            return (None,) * 7
+        gate_up_proj, down_proj = gate_up_proj.to(rows.dtype), down_proj.to(rows.dtype)
+        if gate_up is None:
+            gate_up = grouped_mm(rows, gate_up_proj.transpose(1, 2), offsets)
+        grad_gate_up, grad_weights = _activation_backward(grad_y, gate_up, weights, down_proj, offsets)
+        needs_gate_up, needs_down = ctx.queue.needed
+
+        def parts() -> tuple[Tensor | None, Tensor | None]:
+            hidden = weighted_swiglu(gate_up, weights) if needs_down else None
+            return (
+                grouped_outer(grad_gate_up, rows, offsets) if needs_gate_up else None,
+                None if hidden is None else grouped_outer(grad_y, hidden, offsets),
+            )
+
+        if torch._C._will_engine_execute_node(ctx.next_functions[0][0]):  # not where only others' gradients are wanted
+            ctx.queue.add(parts)
+        grad_rows = grouped_mm(grad_gate_up, gate_up_proj, offsets) if ctx.needs_input_grad[2] else None
+        return None, None, grad_rows, grad_weights, None, None, None
 
 
 def weighted_swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_efa import routing
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.expert_parallel import ExpertParallel, refuse
+from moe_efa.handle import DispatchResult
 from moe_efa.nn.compiling import may_store
 from moe_efa.nn.experts import SwiGLUExperts
 from moe_efa.nn.initialization import draw_seed
@@ -49,6 +50,8 @@ class MoELayer(nn.Module):
         apply_weights: "before_down_proj", or "at_combine", after the experts as Hugging Face does; that one keeps the
             experts' results for backward.
         expert_alignment: see :meth:`ExpertParallel.dispatch`.
+        waves: see :meth:`ExpertParallel.moe`. With several waves, the gradients of the experts' parameters are computed
+            while backward waits for gradients of tokens.
         initializer_range, seed: see :class:`SwiGLUExperts`. One seed serves all parts.
         options: further arguments of :class:`ExpertParallel`, such as ``wire_dtype``; not with ``expert_parallel``.
 
@@ -94,6 +97,7 @@ class MoELayer(nn.Module):
         recompute: bool = False,
         apply_weights: str = "before_down_proj",
         expert_alignment: int = 1,
+        waves: int | None = None,
         initializer_range: float = 0.02,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -111,7 +115,10 @@ class MoELayer(nn.Module):
         try:
             if apply_weights not in _PLACEMENTS:
                 raise ValueError(f"apply_weights must be one of {', '.join(_PLACEMENTS)}, not {apply_weights!r}")
-            for name, value in (("intermediate_size", intermediate_size), ("expert_alignment", expert_alignment)):
+            counts = {"intermediate_size": intermediate_size, "expert_alignment": expert_alignment, "waves": waves}
+            for name, value in counts.items():
+                if name == "waves" and value is None:
+                    continue
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name} must be a positive integer, not {value!r}")
             config = _config(group, expert_parallel, sizes, options)
@@ -150,7 +157,7 @@ class MoELayer(nn.Module):
                 expert_parallel = ExpertParallel(group, **sizes, **options)
         self.expert_parallel = expert_parallel
         local = expert_parallel.num_local_experts
-        self.apply_weights, self.expert_alignment = apply_weights, expert_alignment
+        self.apply_weights, self.expert_alignment, self.waves = apply_weights, expert_alignment, waves
         self.topk_idx = None
         self.tokens_per_expert = torch.zeros(local, dtype=torch.int64, device="cpu")
         self.router = router
@@ -197,21 +204,47 @@ class MoELayer(nn.Module):
             self.topk_idx = topk_idx.detach()
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         top_k = topk_idx.shape[-1]
-        received = self.expert_parallel.dispatch(
-            tokens,
-            topk_idx.reshape(-1, top_k).contiguous(),
-            topk_weights.reshape(-1, top_k).contiguous(),
-            expert_alignment=self.expert_alignment,
-        )
-        if records:
+        routing = topk_idx.reshape(-1, top_k).contiguous(), topk_weights.reshape(-1, top_k).contiguous()
+        waves = self.expert_parallel.num_waves(self.waves, dtype=x.dtype)
+        if waves > 1:
+            out, tokens_per_expert = self._in_waves(waves, tokens, *routing)
+        else:
+            received = self.expert_parallel.dispatch(tokens, *routing, expert_alignment=self.expert_alignment)
             assert received.tokens_per_expert is not None  # no capacity was given
-            self.tokens_per_expert = received.tokens_per_expert
-        early = self.apply_weights == "before_down_proj"
-        y = self.experts(received.x, received.offsets, received.weights if early else None)
-        out = self.expert_parallel.combine(y, received.handle, weighted=not early)
+            tokens_per_expert = received.tokens_per_expert
+            early = self.apply_weights == "before_down_proj"
+            y = self.experts(received.x, received.offsets, received.weights if early else None)
+            out = self.expert_parallel.combine(y, received.handle, weighted=not early)
+        if records:
+            self.tokens_per_expert = tokens_per_expert
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens).to(out.dtype)
         return out.reshape(x.shape)
+
+    def _in_waves(self, waves: int, tokens: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """-> out [T, H], tokens per expert of all waves."""
+        early = self.apply_weights == "before_down_proj"
+        late = self.experts.late_gradients() if type(self.experts) is SwiGLUExperts else None
+        tokens_per_expert = torch.zeros_like(self.tokens_per_expert)
+
+        def compute(received: DispatchResult) -> Tensor:
+            assert received.tokens_per_expert is not None
+            tokens_per_expert.add_(received.tokens_per_expert)
+            options = {} if late is None else {"late": late}
+            y: Tensor = self.experts(received.x, received.offsets, received.weights if early else None, **options)
+            return y
+
+        out = self.expert_parallel.moe_waves(
+            tokens,
+            topk_idx,
+            topk_weights,
+            compute,
+            waves=waves,
+            weighted=not early,
+            expert_alignment=self.expert_alignment,
+            late=late,
+        )
+        return out, tokens_per_expert
 
     def update_bias(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
         """See :meth:`Router.update_bias`: once per optimizer step, with the group over which the router is replicated.

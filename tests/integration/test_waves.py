@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -322,11 +323,6 @@ def fail_between(rank: int, group: dist.ProcessGroup, setting: Setting, what: st
             ep.dispatch_start(*tensors)
             ep.close()
             return "closed", 0.0
-        elif what == "all ranks close":
-            ep.dispatch_start(*tensors)
-            ep.dispatch_start(*tensors)
-            ep.close()
-            return "closed", time.monotonic() - begin
         else:
             received = ep.dispatch_start(*tensors).finish()
             first = ep.combine_start(received.x, received.handle)
@@ -352,9 +348,7 @@ def fail_between(rank: int, group: dist.ProcessGroup, setting: Setting, what: st
 
 
 @pytest.mark.parametrize("setting", [Setting(4, 2, "shm"), Setting(2, 1, "libfabric")], ids=lambda setting: setting.id)
-@pytest.mark.parametrize(
-    "what", ["a rank dies", "a rank closes", "all ranks close", "the experts fail", "waves differ"]
-)
+@pytest.mark.parametrize("what", ["a rank dies", "a rank closes", "the experts fail", "waves differ"])
 def test_calls_under_way_when_a_rank_fails(setting, what):
     outcomes = run_ranks(fail_between, setting.num_ranks, setting, what)
     assert [outcome.error for outcome in outcomes] == [None] * setting.num_ranks
@@ -366,15 +360,151 @@ def test_calls_under_way_when_a_rank_fails(setting, what):
         assert all(text.startswith("PeerLostError") for text in texts[:-1]), texts
     elif what == "a rank closes":
         assert texts[culprit] == "closed"
-        assert all("started calls that were not finished" in text for text in texts[:-1]), texts
-    elif what == "all ranks close":
-        # Whoever is first fails the group; the others close, or hear of it before they do.
-        assert "closed" in texts
-        assert all(text == "closed" or "started calls that were not finished" in text for text in texts), texts
+        assert all(text.startswith("PeerLostError") and "closed the group" in text for text in texts[:-1]), texts
     elif what == "the experts fail":
         assert all("left the group after ArithmeticError" in text for text in texts[:-1]), texts
     else:
         assert all("ranks issued different calls" in text for text in texts), texts
+
+
+AT_ONCE_S = 1.5
+
+
+def raise_in_experts(ep: ExpertParallel, rank: int, *, where: str, fails: bool, waves: int) -> None:
+    """A step whose experts raise in their second wave, in forward or in backward, on the ranks that are to fail."""
+    x, idx, weights = inputs_of(rank, ep.num_ranks, 1)
+    x.requires_grad_()
+    called: list[int] = []
+
+    def fail(gradient: torch.Tensor | None = None) -> None:
+        called.append(1)
+        if fails and len(called) == min(2, waves):
+            time.sleep(0.1 * rank)  # time to hear of the others' errors
+            raise ArithmeticError(f"an expert of rank {rank}")
+
+    def experts(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        y = rows.tanh()
+        y.register_hook(fail) if where == "backward" else fail()
+        return y
+
+    out = ep.moe(x, idx, weights, experts, waves=waves)
+    out.sum().backward()
+    ep.dispatch(*inputs_of(rank, ep.num_ranks, 2))  # who has not failed needs everybody
+
+
+def describe(rank: int, error: Exception) -> str:
+    return f"own {type(error).__name__}" if f"an expert of rank {rank}" in str(error) else f"{error!r}"
+
+
+def errors_between(rank: int, group: dist.ProcessGroup, setting: Setting) -> dict[str, str]:
+    """What this rank's user sees, by case."""
+    seen = {}
+    last = setting.num_ranks - 1
+    for where, who, leave, waves in itertools.product(
+        ("forward", "backward"), ("all", "last"), ("with", "close"), (1, 4)
+    ):
+        ep = setting.open(group)
+        case = f"{where}, {who}, {leave}, {waves}"
+        fails = who == "all" or rank == last
+        try:
+            try:
+                if leave == "with":
+                    with ep:
+                        raise_in_experts(ep, rank, where=where, fails=fails, waves=waves)
+                else:
+                    raise_in_experts(ep, rank, where=where, fails=fails, waves=waves)
+            finally:
+                begin = time.monotonic()
+                if leave == "close":
+                    ep.close()
+        except Exception as error:
+            seen[case] = describe(rank, error)
+        if fails and time.monotonic() - begin > AT_ONCE_S:
+            seen[case] = f"left after {time.monotonic() - begin} s"
+    return seen
+
+
+@pytest.mark.parametrize("setting", [Setting(4, 2, "shm"), Setting(2, 1, "libfabric")], ids=lambda setting: setting.id)
+def test_an_error_in_the_experts_is_ones_own_or_one_elsewhere(setting):
+    for rank, seen in enumerate(spawn(errors_between, setting.num_ranks, setting)):
+        assert len(seen) == 16
+        for case, text in seen.items():
+            if ", all, " in case or rank == setting.num_ranks - 1:
+                assert text == "own ArithmeticError", f"rank {rank}, {case}"
+            else:
+                reason = "left the group after ArithmeticError" if "with" in case else "closed the group"
+                assert reason in text, f"rank {rank}, {case}"
+                assert f"rank {setting.num_ranks - 1} " in text, f"rank {rank}, {case}"
+
+
+def go_on_after_errors(rank: int, group: dist.ProcessGroup, setting: Setting) -> float:
+    """Seconds that closing took, with calls under way."""
+    ep = setting.open(group, chunk_rows=2, slots=2)
+    expected = gradients_of(ep, CASES[2], 1)
+    for where in ("backward", "forward"):
+        with pytest.raises(ArithmeticError, match=f"an expert of rank {rank}") as error:
+            raise_in_experts(ep, rank, where=where, fails=True, waves=5)
+        found = gradients_of(ep, CASES[2], 3)
+        for name in ("out", "x", "topk_weights"):
+            assert_bitwise(found[name], expected[name])
+    received = ep.dispatch(*inputs_of(rank, ep.num_ranks, 3))
+    ep.combine_start(received.x, received.handle)  # dropped at once
+    ep.dispatch(*inputs_of(rank, ep.num_ranks, 3))
+    ep.combine(received.x, received.handle)
+    ep.stats()
+    assert error.traceback, "which holds the frames of moe"
+    assert not ep._native._kept, "what was dropped and is done keeps nothing"
+    first, second = (ep.dispatch_start(*inputs_of(rank, ep.num_ranks, 4)) for _ in range(2))
+    begin = time.monotonic()
+    ep.close()
+    took = time.monotonic() - begin
+    for pending in (first, second):
+        with pytest.raises(ClosedError):
+            pending.finish()
+    return took
+
+
+@pytest.mark.parametrize("setting", [Setting(4, 2, "shm"), Setting(2, 1, "libfabric")], ids=lambda setting: setting.id)
+def test_errors_of_all_ranks_leave_the_group_as_it_was(setting):
+    assert max(spawn(go_on_after_errors, setting.num_ranks, setting)) < AT_ONCE_S
+
+
+def leave_with_calls_under_way(rank: int, group: dist.ProcessGroup, setting: Setting) -> list[str]:
+    """Rank 0 leaves after it has started two dispatches; the others enter the second one a little or much later."""
+    seen = []
+    for late_s in (0.3, 2.5):
+        with contextlib.suppress(ArithmeticError), setting.open(group, chunk_rows=2, slots=2) as ep:
+            tensors = [inputs_of(rank, ep.num_ranks, seed, num_tokens=32) for seed in range(2)]
+            expected = [ep.dispatch(*each) for each in tensors]
+            first = ep.dispatch_start(*tensors[0])
+            if rank == 0:
+                pending = ep.dispatch_start(*tensors[1])
+                first.finish()
+                begin = time.monotonic()
+                with ep:
+                    raise ArithmeticError("between the halves")
+            assert_bitwise(first.finish().x, expected[0].x)
+            time.sleep(late_s)
+            begin = time.monotonic()
+            try:
+                assert_bitwise(ep.dispatch_start(*tensors[1]).finish().x, expected[1].x)
+                seen.append("all rows")
+            except TransportError as error:
+                seen.append(str(error) if time.monotonic() - begin < AT_ONCE_S else "late")
+        if rank == 0:
+            seen.append("at once" if time.monotonic() - begin < 2 + AT_ONCE_S else "late")
+            with pytest.raises(ClosedError):
+                pending.finish()
+    return seen
+
+
+@pytest.mark.parametrize("setting", [Setting(4, 2, "shm"), Setting(2, 1, "libfabric")], ids=lambda setting: setting.id)
+def test_a_rank_that_leaves_has_done_what_it_started_or_says_so(setting):
+    first, *others = spawn(leave_with_calls_under_way, setting.num_ranks, setting)
+    assert first == ["at once", "at once"]
+    for soon, late in others:
+        assert soon == "all rows"
+        assert "rank 0 left the group after ArithmeticError: between the halves" in late
 
 
 # --- the rule

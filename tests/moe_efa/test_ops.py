@@ -582,7 +582,7 @@ def test_errors_keep_their_type_and_attributes(backend: str | None) -> None:
             step = torch.compile(step, backend=backend, fullgraph=True)
         inputs = make_inputs(6)
         out = step(*inputs)
-        ep._native.abort("lost")
+        ep._native.leave(RuntimeError("lost"))
         for call in (lambda: out.sum().backward(), lambda: step(*inputs)):
             with pytest.raises(moe_efa.TransportError, match="lost") as error:
                 call()

@@ -153,11 +153,13 @@ TEST_CASE("a goodbye tells how far its rank came, and who is missing is named wi
   CHECK_FALSE(pair.a->goodbye_of(1).has_value());
   CHECK(pair.a->missing_goodbye().code == StatusCode::kPeerTimeout);
   CHECK(pair.a->missing_goodbye().rank == 1);
-  pair.b->goodbye(1234567890123);
+  pair.b->goodbye(1234567890123, "met a b\xfcg");
   pair.b->goodbye(5);  // the first counts
   REQUIRE(wait_for([&] { return pair.a->any_goodbye(); }));
   REQUIRE(wait_for([&] { return pair.a->goodbye_of(1).has_value(); }));
   CHECK(*pair.a->goodbye_of(1) == 1234567890123);
+  CHECK(pair.a->reason_of(1) == "met a b?g");
+  CHECK(pair.a->reason_of(7).empty());
   CHECK_FALSE(pair.a->goodbye_of(7).has_value());
   CHECK(pair.a->missing_goodbye().ok());
   pair.a.reset();  // dies without a goodbye, which is no failure to one who has left
