@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_efa.testing import assert_bitwise
 from moe_efa.triton_kernels import grouped_gemm_fp8 as module
@@ -70,6 +71,31 @@ def assert_near_exact(
         bound = unit * magnitude + (2.0**-8 * exact.abs() if dtype == torch.bfloat16 else 0.0)
         assert ((out[rows].double() - exact).abs() <= bound).all()
     assert (out[int(offsets[-1]) :] == 0).all()
+
+
+def test_a_tile_writes_rows_of_its_expert_only(device: torch.device) -> None:
+    """Not seen in a whole result, where the interpreter comes to the other expert's tile later."""
+    a, a_scales, b, b_scales, offsets = operands("short-blocks", device)
+    out = torch.full((8, 33), 7.0, device=device)
+    kernel, tile = module.grouped_gemm_fp8_kernel, [128, 128]
+    kernel[(1,)](
+        TensorDescriptor.from_tensor(a, tile),
+        a_scales,
+        TensorDescriptor.from_tensor(b.view(-1, 16), tile),
+        b_scales,
+        offsets,
+        out,
+        8,
+        n=33,
+        k=16,
+        num_experts=3,
+        padded_groups=4,
+        block_size=128,
+        num_warps=module.NUM_WARPS,
+    )
+    expected = reference.grouped_gemm_fp8(a, a_scales, b, b_scales, offsets, dtype=torch.float32)
+    torch.testing.assert_close(out[:3], expected[:3], rtol=1e-2, atol=1e-4)
+    assert (out[3:] == 7).all()
 
 
 def test_quantize_128x128_by_hand() -> None:
