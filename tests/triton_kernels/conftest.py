@@ -84,6 +84,13 @@ if DEVICE == "cpu":
     _repair_interpreter()
 
 
+def pytest_report_header() -> str:
+    """Which Triton it is."""
+    import triton
+
+    return f"Triton {triton.__version__}, kernels on the {DEVICE}"
+
+
 @pytest.fixture(autouse=True)
 def interpreter_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that a test defines are interpreted too."""

@@ -23,6 +23,7 @@ CASES = {
     "nothing-selected": (routing.nothing, 9, 4, 2, 8),
     "same-expert-twice": (routing.duplicates, 17, 4, 4, 3),
     "one-expert-in-all": (routing.uniform, 33, 1, 1, 1),
+    "more-blocks-than-a-step": (routing.skewed, 1100, 12, 8, 2),
     "more-experts-than-a-program": (routing.uniform, 40, 300, 8, 2),
 }
 

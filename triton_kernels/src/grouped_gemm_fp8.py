@@ -82,14 +82,14 @@ def grouped_gemm_fp8(
 ) -> Tensor:
     """``out[i] = b[e] @ a[i]`` for the rows i of each expert e, of block-scaled e4m3 numbers, added up in fp32.
 
-    In exact arithmetic of the dequantized operands, which is what ``reference.grouped_gemm_fp8`` does but for rounding:
-    where FP8 products are added exactly in fp32 (the interpreter), the error of an element is at most ``(k + 2) *
-    2**-24 * sum |a * b|``, and the rounding to ``dtype``. A Hopper tensor core adds 128 products at a time with fewer
-    bits, about 14. Neither this kernel nor the call of DeepGEMM has been run on a GPU yet.
+    Against exact arithmetic on the dequantized operands, the error of an element is at most ``(k + 2) * 2**-24 * sum
+    |a * b|``, and the rounding to ``dtype``, where products of FP8 are added in fp32: in the interpreter, and in
+    ``reference.grouped_gemm_fp8``. A Hopper tensor core adds 128 products at a time with fewer bits, about 14. Neither
+    this kernel nor the call of DeepGEMM has been run on a GPU yet.
 
     Args:
-        a: ``[num_rows, k]`` float8_e4m3fn, contiguous, k a multiple of 16, on a CUDA device of compute capability 9.0
-            or newer (on the CPU only under ``TRITON_INTERPRET=1``).
+        a: ``[num_rows, k]`` float8_e4m3fn, contiguous, on a CUDA device of compute capability 9.0 or newer (on the CPU
+            only under ``TRITON_INTERPRET=1``); n and k are multiples of 16.
         a_scales: ``[num_rows, ceil(k / 128)]`` fp32, as of ``permute_quantize`` and ``swiglu_quantize``.
         b: ``[num_experts, n, k]`` float8_e4m3fn.
         b_scales: ``[num_experts, ceil(n / 128), ceil(k / 128)]`` fp32, as of ``reference.quantize_128x128``.
@@ -109,11 +109,11 @@ def grouped_gemm_fp8(
     Example (a test reuses it): two experts, one row each.
 
         >>> one = torch.full((2, 16), 1.0).to(torch.float8_e4m3fn)
-        >>> b = torch.stack([torch.full((1, 16), 2.0), torch.full((1, 16), -0.5)]).to(torch.float8_e4m3fn)
+        >>> b = torch.stack([torch.full((16, 16), 2.0), torch.full((16, 16), -0.5)]).to(torch.float8_e4m3fn)
         >>> scales = torch.tensor([[0.5], [4.0]])
         >>> out = grouped_gemm_fp8(one, scales, b, torch.ones(2, 1, 1), torch.tensor([0, 1, 2], dtype=torch.int32))
-        >>> out.tolist()
-        [[16.0], [-32.0]]
+        >>> out.shape, out[:, 0].tolist()
+        (torch.Size([2, 16]), [16.0, -32.0])
     """
     check_tensor("a", a, shape=("num_rows", "k"), dtypes=(torch.float8_e4m3fn,))
     num_rows, k = a.shape
@@ -123,8 +123,8 @@ def grouped_gemm_fp8(
     check_tensor("a_scales", a_scales, shape=(num_rows, k_blocks), dtypes=(torch.float32,))
     check_tensor("b_scales", b_scales, shape=(num_experts, n_blocks, k_blocks), dtypes=(torch.float32,))
     check_tensor("offsets", offsets, shape=(num_experts + 1,), dtypes=(torch.int32,))
-    if k % 16:
-        raise ValueError(f"k must be a multiple of 16, got {k}")
+    if n % 16 or k % 16:
+        raise ValueError(f"n and k must be multiples of 16, got {n} and {k}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
     if implementation not in IMPLEMENTATIONS:

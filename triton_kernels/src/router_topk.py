@@ -20,7 +20,7 @@ _NOTHING = tl.constexpr(-(1 << 63))
 @triton.jit
 def ranked(x, idx, exists):  # type: ignore[no-untyped-def]
     """int64 keys that order as (x descending, idx ascending) when sorted downwards; NaN is above all, as in torch."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 is 0.0
+    bits = x.to(tl.int32, bitcast=True)  # never -0.0: no score is
     ordered = tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return tl.where(exists, (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - idx).to(tl.int64), _NOTHING)
 
@@ -97,7 +97,8 @@ def router_topk_kernel(  # type: ignore[no-untyped-def]
         if pinned_idx_ptr is None and bias_ptr is None:
             weight = value_of(key)
         else:
-            weight = tl.sum(tl.sum(tl.where(exists & (expert == idx), scores, 0.0), axis=1), axis=0)
+            # Ids of padding may be those of experts of the next group, but their scores are 0.
+            weight = tl.sum(tl.sum(tl.where(expert == idx, scores, 0.0), axis=1), axis=0)
         weight_sum = weight if k == 0 else weight_sum + weight
         weights = tl.where(topk_pos == k, weight, weights)
         chosen = tl.where(topk_pos == k, idx, chosen)

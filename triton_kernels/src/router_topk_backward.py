@@ -52,7 +52,7 @@ def router_topk_backward_kernel(  # type: ignore[no-untyped-def]
             inner += of_weight * tl.div_rn(score, total)
     for k in tl.static_range(top_k):
         idx = tl.load(topk_idx_ptr + token * top_k + k)
-        of_score = tl.load(grad_weights_ptr + token * top_k + k, mask=idx >= 0, other=0.0) * routed_scaling_factor
+        of_score = tl.load(grad_weights_ptr + token * top_k + k) * routed_scaling_factor
         if norm_topk_prob:
             of_score = tl.div_rn(of_score - inner, total)
         grad = tl.where(expert == idx, grad + of_score, grad)
@@ -78,7 +78,7 @@ def router_topk_backward(
     an order of its own, the same in every run: within ``num_experts * 2**-23 * score * sum |grad * score|``.
 
     Args:
-        grad_weights: ``[num_tokens, top_k]`` fp32, contiguous; those of -1 selections are not read.
+        grad_weights: ``[num_tokens, top_k]`` fp32, contiguous; those of -1 selections are ignored.
         routing: what ``router_topk`` returned.
         grad_scores: ``[num_tokens, num_experts]`` fp32, contiguous, the gradient of ``routing.scores``; None is zero.
         score_function, norm_topk_prob, routed_scaling_factor: those of the forward pass.
