@@ -29,6 +29,7 @@ CheckResult run_check(const std::string& profile, std::uint64_t seed, const Chec
   result.events = world.events();
   result.virtual_us = world.virtual_ns() / 1000;
   result.epochs = world.epochs();
+  result.both_phases = world.both_phases();
   result.inflight_high_water = world.network().inflight_high_water();
   result.inbound_high_water = world.network().inbound_high_water();
   result.inbound_limit = engine::max_inbound_events(work.layout);

@@ -19,6 +19,7 @@ struct CheckResult {
   std::uint64_t seed = 0;
   std::uint32_t num_ranks = 0, node_size = 0;
   std::uint64_t events = 0, virtual_us = 0, epochs = 0;
+  std::uint64_t both_phases = 0;  // turns of a rank in which it had a dispatch and a combine to step
   // Immediates under way to one rank, and delivered but not polled there: most seen, and what I12 allows.
   std::uint64_t inflight_high_water = 0, inbound_high_water = 0, inbound_limit = 0;
 };

@@ -25,6 +25,7 @@ enum class Stream : std::uint64_t {
   kGradient,
   kWeight,
   kFp8,
+  kAhead,
 };
 
 class Rng {

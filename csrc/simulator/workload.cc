@@ -102,6 +102,9 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
     world.pause_ns = rng.chance(0.5) ? 20e3 : 2e6;
   }
 
+  Rng ahead(seed, Stream::kAhead);
+  if (ahead.chance(0.5)) world.calls_ahead = ahead.between(2, 6);
+
   Rng script(seed, Stream::kScript);
   auto pick = [&](DType widest) { return widest == DType::kFp32 && script.chance(0.6) ? DType::kFp32 : DType::kBf16; };
   for (std::uint32_t i = 0; i < calls; ++i) {

@@ -37,6 +37,7 @@ struct Workload {
   proto::LayoutConfig layout;
   std::vector<ScriptCall> script;
   std::vector<std::vector<Routing>> routings;  // [plan][rank]
+  std::uint32_t calls_ahead = 1;               // most calls that are started and not done, as of halves and waves
   std::vector<double> pace;                    // [rank]: how often the scheduler picks it
   double event_share = 0.5;                    // of the turns that let the network move
   double pause_probability = 0;                // of a rank sleeping between two calls

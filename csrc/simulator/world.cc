@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <sstream>
 
 #include "kernels/cpu/plan.h"
@@ -26,6 +27,18 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 }  // namespace
 
+// A call that was started, with the user's tensors, each its own allocation (I10).
+struct World::Running {
+  std::size_t number = 0;  // in the script
+  std::unique_ptr<DispatchCall> dispatch;
+  std::unique_ptr<CombineCall> combine;
+  std::vector<std::byte> input, output;
+  std::vector<float> weights, weight_grads, out_weights, out_scales, out_grads;
+  bool output_given = false;
+
+  kernels::Waiting waiting() const { return dispatch ? dispatch->waiting() : combine->waiting(); }
+};
+
 struct World::RankWorld {
   proto::Topology topology;
   proto::NodeView view;
@@ -35,16 +48,11 @@ struct World::RankWorld {
   std::unique_ptr<transport::Pump> pump;
   std::unique_ptr<kernels::RankState> state;
 
-  std::size_t next_call = 0;  // of the script; the one in progress when a call is set
-  std::unique_ptr<DispatchCall> dispatch;
-  std::unique_ptr<CombineCall> combine;
+  std::size_t next_call = 0, calls_done = 0;                       // of the script
+  std::deque<std::unique_ptr<Running>> moving[proto::kNumPhases];  // started and not done
   std::vector<std::shared_ptr<kernels::Plan>> plans;
-  // The user's tensors of the call in progress, each its own allocation (I10).
-  std::vector<std::byte> input, output;
-  std::vector<float> weights, weight_grads, out_weights, out_scales, out_grads;
-  bool output_given = false;
 
-  bool in_call() const { return dispatch != nullptr || combine != nullptr; }
+  std::deque<std::unique_ptr<Running>>& of(Phase phase) { return moving[static_cast<std::size_t>(phase)]; }
 };
 
 World::~World() = default;
@@ -116,7 +124,7 @@ std::uint64_t World::epochs() const {
 
 bool World::finished() const {
   return std::all_of(ranks_.begin(), ranks_.end(), [&](const auto& rank) {
-    return rank->next_call == work_.script.size() || network_->dead(rank->topology.rank);
+    return rank->calls_done == work_.script.size() || network_->dead(rank->topology.rank);
   });
 }
 
@@ -134,67 +142,92 @@ bool World::pump_step(std::uint32_t r) {
 bool World::caller_step(std::uint32_t r) {
   RankWorld& rank = *ranks_[r];
   if (network_->dead(r) || rank.engine->failed() || oracle_->asleep(r)) return false;
-  if (rank.next_call == work_.script.size()) return false;
-  if (!rank.in_call()) {
-    if (!rank.engine->all_hellos()) return false;
+  bool idle = rank.moving[0].empty() && rank.moving[1].empty();
+  // A caller who starts several calls does so at any time; who makes one after the other draws nothing.
+  if (may_start(rank) && (idle || schedule_.chance(0.3))) {
     start_call(rank);
     return true;
   }
-  bool moved = false;
-  if (rank.dispatch) {
-    moved = rank.dispatch->step();
+  if (idle) return false;
+  bool both = !rank.moving[0].empty() && !rank.moving[1].empty();
+  both_phases_ += both;
+  auto first = static_cast<std::uint32_t>(both ? schedule_.below(2) : rank.moving[0].empty());
+  bool moved = step_call(rank, static_cast<Phase>(first));
+  return (both && step_call(rank, static_cast<Phase>(1 - first))) || moved;
+}
+
+// In the script's order; a plan is there once its dispatch is done.
+bool World::may_start(const RankWorld& rank) const {
+  if (rank.next_call == work_.script.size() || !rank.engine->all_hellos()) return false;
+  if (rank.next_call - rank.calls_done >= work_.calls_ahead) return false;
+  const ScriptCall& call = work_.script[rank.next_call];
+  return call.kind == ScriptCall::Kind::kDispatch || (call.plan < rank.plans.size() && rank.plans[call.plan]->complete);
+}
+
+bool World::step_call(RankWorld& rank, Phase phase) {
+  std::uint32_t r = rank.topology.rank;
+  Running& running = *rank.of(phase).front();
+  bool moved;
+  if (phase == Phase::kDispatch) {
+    moved = running.dispatch->step();
     if (moved || turns_ % kLookAnyway == 0) oracle_->after_caller(r);
-    if (rank.dispatch->sizes_known() && !rank.output_given) {
-      oracle_->check_counts_ready(r, Phase::kDispatch, rank.dispatch->epoch());
-      const kernels::Plan& plan = *rank.plans[work_.script[rank.next_call].plan];
-      const ScriptCall& call = work_.script[rank.next_call];
+    if (running.dispatch->sizes_known() && !running.output_given) {
+      oracle_->check_counts_ready(r, Phase::kDispatch, running.dispatch->epoch());
+      const ScriptCall& call = work_.script[running.number];
+      const kernels::Plan& plan = *rank.plans[call.plan];
       auto rows = static_cast<std::size_t>(plan.rows());
       DType out_dtype = call.fp8_output ? DType::kFp8 : call.user_dtype;
-      rank.output.assign(rows * work_.layout.hidden_size * proto::dtype_bytes(out_dtype), std::byte{0xCD});
-      rank.out_weights.assign(rows, -12345.0f);
-      rank.out_scales.assign(call.fp8_output ? rows * proto::fp8_blocks(work_.layout.hidden_size) : 0, -12345.0f);
+      running.output.assign(rows * work_.layout.hidden_size * proto::dtype_bytes(out_dtype), std::byte{0xCD});
+      running.out_weights.assign(rows, -12345.0f);
+      running.out_scales.assign(call.fp8_output ? rows * proto::fp8_blocks(work_.layout.hidden_size) : 0, -12345.0f);
       bool replay = call.kind == ScriptCall::Kind::kReplay;
-      rank.dispatch->set_output(
-          {rank.output.data(), replay ? nullptr : rank.out_weights.data(), rank.out_scales.data()});
-      rank.output_given = moved = true;
+      running.dispatch->set_output(
+          {running.output.data(), replay ? nullptr : running.out_weights.data(), running.out_scales.data()});
+      running.output_given = moved = true;
     }
-    if (!rank.dispatch->done()) return moved;
+    if (!running.dispatch->done()) return moved;
   } else {
-    moved = rank.combine->step();
+    moved = running.combine->step();
     if (moved || turns_ % kLookAnyway == 0) oracle_->after_caller(r);
-    if (!rank.combine->done()) return moved;
+    if (!running.combine->done()) return moved;
   }
-  finish_call(rank);
+  std::unique_ptr<Running> done = std::move(rank.of(phase).front());
+  rank.of(phase).pop_front();
+  finish_call(rank, *done);
   return true;
 }
 
 void World::start_call(RankWorld& rank) {
-  const ScriptCall& call = work_.script[rank.next_call];
+  auto running = std::make_unique<Running>();
+  running->number = rank.next_call++;
+  const ScriptCall& call = work_.script[running->number];
   std::uint32_t r = rank.topology.rank;
   const Routing& routing = work_.routing(call, r);
   kernels::CallContext context{rank.view, *rank.state, work_.num_nodes() > 1 ? rank.descriptors.get() : nullptr,
                                executor_, work_.num_nics};
-  trace_.add(r, "enters call", static_cast<std::int64_t>(rank.next_call));
+  trace_.add(r, "enters call", static_cast<std::int64_t>(running->number));
   if (call.kind == ScriptCall::Kind::kCombine) {
-    Reference::CombineInput input = reference_.combine_input(rank.next_call, r);
-    rank.input = std::move(input.y);
-    rank.weights = std::move(input.weights);
-    rank.weight_grads = std::move(input.weight_grads);
-    rank.output.assign(std::size_t{routing.num_tokens} * work_.layout.hidden_size * proto::dtype_bytes(call.user_dtype),
-                       std::byte{0xCD});
-    rank.out_grads.assign(std::size_t{routing.num_tokens} * work_.layout.top_k, -12345.0f);
+    Reference::CombineInput input = reference_.combine_input(running->number, r);
+    running->input = std::move(input.y);
+    running->weights = std::move(input.weights);
+    running->weight_grads = std::move(input.weight_grads);
+    running->output.assign(
+        std::size_t{routing.num_tokens} * work_.layout.hidden_size * proto::dtype_bytes(call.user_dtype),
+        std::byte{0xCD});
+    running->out_grads.assign(std::size_t{routing.num_tokens} * work_.layout.top_k, -12345.0f);
     // A rank without rows still takes part: its pointers must not decide what the call is.
     static const float kNone = 0;
     kernels::CombineArgs args;
-    args.y = rank.input.data();
+    args.y = running->input.data();
     args.y_dtype = call.user_dtype;
     args.wire_dtype = call.wire_dtype;
     args.plan = rank.plans[call.plan];
-    if (call.weighted) args.weights = rank.weights.empty() ? &kNone : rank.weights.data();
-    if (call.weight_grads) args.weight_grads = rank.weight_grads.empty() ? &kNone : rank.weight_grads.data();
-    args.out = rank.output.data();
-    args.topk_weight_grads = call.weight_grads ? rank.out_grads.data() : nullptr;
-    rank.combine = std::make_unique<CombineCall>(context, args);
+    if (call.weighted) args.weights = running->weights.empty() ? &kNone : running->weights.data();
+    if (call.weight_grads) args.weight_grads = running->weight_grads.empty() ? &kNone : running->weight_grads.data();
+    args.out = running->output.data();
+    args.topk_weight_grads = call.weight_grads ? running->out_grads.data() : nullptr;
+    running->combine = std::make_unique<CombineCall>(context, args);
+    rank.of(Phase::kCombine).push_back(std::move(running));
     return;
   }
   if (call.kind == ScriptCall::Kind::kDispatch) {
@@ -206,56 +239,52 @@ void World::start_call(RankWorld& rank) {
     plan.num_nics = work_.num_nics;
     rank.plans.push_back(kernels::cpu::build_send_plan(plan, rank.view));
   }
-  rank.input =
-      random_rows(work_.seed, rank.next_call, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
-  rank.output_given = false;
-  kernels::DispatchArgs args{rank.input.data(), call.user_dtype, call.wire_dtype,
+  running->input =
+      random_rows(work_.seed, running->number, r, routing.num_tokens, work_.layout.hidden_size, call.user_dtype);
+  kernels::DispatchArgs args{running->input.data(), call.user_dtype, call.wire_dtype,
                              call.fp8_output ? DType::kFp8 : call.user_dtype, rank.plans[call.plan]};
-  rank.dispatch = std::make_unique<DispatchCall>(context, args);
+  running->dispatch = std::make_unique<DispatchCall>(context, args);
+  rank.of(Phase::kDispatch).push_back(std::move(running));
 }
 
-void World::finish_call(RankWorld& rank) {
-  trace_.add(rank.topology.rank, "leaves call", static_cast<std::int64_t>(rank.next_call));
-  rank.dispatch ? check_dispatch(rank) : check_combine(rank);
-  rank.dispatch.reset();
-  rank.combine.reset();
-  // The tensors are the user's again, who may do as he pleases with them.
-  std::fill(rank.input.begin(), rank.input.end(), std::byte{0xEE});
-  ++rank.next_call;
+void World::finish_call(RankWorld& rank, const Running& running) {
+  trace_.add(rank.topology.rank, "leaves call", static_cast<std::int64_t>(running.number));
+  running.dispatch ? check_dispatch(rank, running) : check_combine(rank, running);
+  ++rank.calls_done;
   if (work_.pause_probability > 0 && schedule_.chance(work_.pause_probability)) {
     oracle_->set_asleep(rank.topology.rank);
     network_->wake_later(rank.topology.rank, schedule_.exponential(work_.pause_ns));
   }
 }
 
-void World::check_dispatch(const RankWorld& rank) const {
-  const ScriptCall& call = work_.script[rank.next_call];
+void World::check_dispatch(const RankWorld& rank, const Running& running) const {
+  const ScriptCall& call = work_.script[running.number];
   const kernels::Plan& plan = *rank.plans[call.plan];
   const RankRows& rows = reference_.rows(call.plan, rank.topology.rank);
   auto name = [&] {
-    return "rank " + std::to_string(rank.topology.rank) + ", call " + std::to_string(rank.next_call) + ": ";
+    return "rank " + std::to_string(rank.topology.rank) + ", call " + std::to_string(running.number) + ": ";
   };
   if (plan.tokens_per_expert != rows.tokens_per_expert || plan.offsets != rows.offsets) {
     throw Violation("I3: " + name() + "expert counts or offsets differ from the reference");
   }
-  Reference::Dispatched expected = reference_.dispatched(rank.next_call, rank.topology.rank);
-  if (rank.output != expected.x) throw Violation("I3: " + name() + "dispatched rows differ from the reference");
-  if (!same_bits(rank.out_scales, expected.scales)) {
+  Reference::Dispatched expected = reference_.dispatched(running.number, rank.topology.rank);
+  if (running.output != expected.x) throw Violation("I3: " + name() + "dispatched rows differ from the reference");
+  if (!same_bits(running.out_scales, expected.scales)) {
     throw Violation("I3: " + name() + "dispatched scales differ from the reference");
   }
-  if (call.kind == ScriptCall::Kind::kDispatch && !same_bits(rank.out_weights, expected.weights)) {
+  if (call.kind == ScriptCall::Kind::kDispatch && !same_bits(running.out_weights, expected.weights)) {
     throw Violation("I3: " + name() + "dispatched weights differ from the reference");
   }
 }
 
-void World::check_combine(const RankWorld& rank) const {
-  const ScriptCall& call = work_.script[rank.next_call];
-  Reference::Combined expected = reference_.combined(rank.next_call, rank.topology.rank);
+void World::check_combine(const RankWorld& rank, const Running& running) const {
+  const ScriptCall& call = work_.script[running.number];
+  Reference::Combined expected = reference_.combined(running.number, rank.topology.rank);
   auto name = [&] {
-    return "rank " + std::to_string(rank.topology.rank) + ", call " + std::to_string(rank.next_call) + ": ";
+    return "rank " + std::to_string(rank.topology.rank) + ", call " + std::to_string(running.number) + ": ";
   };
-  if (rank.output != expected.out) throw Violation("I3: " + name() + "combined rows differ from the reference");
-  if (call.weight_grads && !same_bits(rank.out_grads, expected.topk_weight_grads)) {
+  if (running.output != expected.out) throw Violation("I3: " + name() + "combined rows differ from the reference");
+  if (call.weight_grads && !same_bits(running.out_grads, expected.topk_weight_grads)) {
     throw Violation("I3: " + name() + "gradients of the weights differ from the reference");
   }
 }
@@ -354,17 +383,17 @@ void World::deadlock() const {
   std::ostringstream text;
   text << "I5: deadlock";
   for (const auto& rank : ranks_) {
-    if (rank->next_call == work_.script.size()) continue;
-    text << "; rank " << rank->topology.rank << " in call " << rank->next_call;
-    if (!rank->in_call()) {
-      text << " has not begun";
-      continue;
+    if (rank->calls_done == work_.script.size()) continue;
+    text << "; rank " << rank->topology.rank << " has done " << rank->calls_done << " calls";
+    if (rank->moving[0].empty() && rank->moving[1].empty()) text << " and has not begun the next";
+    for (const auto& moving : rank->moving) {
+      if (moving.empty()) continue;
+      kernels::Waiting waiting = moving.front()->waiting();
+      text << ", waits in call " << moving.front()->number;
+      if (waiting.rank >= 0) text << " for rank " << waiting.rank;
+      text << " " << waiting.what;
+      if (waiting.chunk >= 0) text << " " << waiting.chunk;
     }
-    kernels::Waiting waiting = rank->dispatch ? rank->dispatch->waiting() : rank->combine->waiting();
-    text << " waits";
-    if (waiting.rank >= 0) text << " for rank " << waiting.rank;
-    text << " " << waiting.what;
-    if (waiting.chunk >= 0) text << " " << waiting.chunk;
   }
   throw Violation(text.str());
 }

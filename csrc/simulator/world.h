@@ -1,5 +1,6 @@
 // World: R real engines, pumps and CPU calls in one thread, over a simulated network. A seeded scheduler picks who
-// moves next: a rank's caller, a rank's pump, or the network. Nothing waits, nothing reads a clock.
+// moves next: a rank's caller, a rank's pump, or the network. Nothing waits, nothing reads a clock. A caller may start
+// calls ahead of those that are not done; as in runtime::Group the first of each phase moves.
 #pragma once
 
 #include <cstddef>
@@ -36,17 +37,21 @@ class World {
   std::uint64_t events() const { return turns_ + network_->events(); }
   std::uint64_t virtual_ns() const { return network_->now_ns(); }
   std::uint64_t epochs() const;  // of both phases, on the rank that came furthest
+  std::uint64_t both_phases() const { return both_phases_; }
 
  private:
+  struct Running;
   struct RankWorld;
 
   bool turn();  // true when anything moved
   bool pump_step(std::uint32_t rank);
   bool caller_step(std::uint32_t rank);
+  bool may_start(const RankWorld& rank) const;
   void start_call(RankWorld& rank);
-  void finish_call(RankWorld& rank);
-  void check_dispatch(const RankWorld& rank) const;
-  void check_combine(const RankWorld& rank) const;
+  bool step_call(RankWorld& rank, proto::Phase phase);
+  void finish_call(RankWorld& rank, const Running& call);
+  void check_dispatch(const RankWorld& rank, const Running& running) const;
+  void check_combine(const RankWorld& rank, const Running& running) const;
   bool finished() const;
   bool settle();  // everybody moves until nothing does; true when anything had moved
   void come_to_rest();
@@ -66,7 +71,7 @@ class World {
   std::vector<std::unique_ptr<RankWorld>> ranks_;
   kernels::SerialExecutor executor_;
   Rng schedule_;
-  std::uint64_t turns_ = 0, idle_turns_ = 0;
+  std::uint64_t turns_ = 0, idle_turns_ = 0, both_phases_ = 0;
   std::vector<double> pace_sums_;
   std::uint64_t death_turn_ = ~0ull;
   std::uint32_t victim_ = 0;

@@ -28,11 +28,8 @@ FOLDER = ROOT / "build" / "native-tests"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD_FOLDER = ROOT / "build" / "thread-tests"
 THREAD_SANITIZER = ["-fsanitize=thread"]
-# Everything that runs where ranks are threads: no processes, sockets or libfabric.
-THREAD_LIBRARY = re.compile(
-    r"csrc/(engine|kernels/cpu)/|csrc/transport/(pump|reorder_rail)|csrc/runtime/(driver|thread_pool)"
-    r"|csrc/simulator/(workload|reference)"
-)
+# Everything that runs where ranks are threads, built without libfabric.
+THREAD_LIBRARY = re.compile(r"csrc/(engine|kernels/cpu|transport|runtime)/|csrc/simulator/(workload|reference)")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
 # A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
 LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"
@@ -55,10 +52,11 @@ class NativeTests:
     """The library as an archive, and a program for each test."""
 
     def __init__(
-        self, build: ModuleType, folder: Path, sanitizers: list[str], library: list[Path], tests: list[Path]
+        self, build: ModuleType, folder: Path, flags: list[str], library: list[Path], tests: list[Path]
     ) -> None:
-        self.build, self.folder, self.sanitizers = build, folder, sanitizers
-        self.flags = [*FLAGS, *sanitizers, *build.find_libfabric().flags]
+        self.build, self.folder = build, folder
+        self.sanitizers = [flag for flag in flags if "sanitize" in flag]
+        self.flags = [*FLAGS, *flags]
         self.archive = folder / "libmoe_efa.a"
         self.archive.unlink(missing_ok=True)
         objects = self._compile(library)
@@ -93,7 +91,8 @@ def tools(build: ModuleType) -> None:
 @pytest.fixture(scope="module")
 def native_tests(tools: None, build: ModuleType) -> NativeTests:
     """Everything compiled, in parallel."""
-    return NativeTests(build, FOLDER, SANITIZERS, build.source_files(bindings=False), SOURCES)
+    flags = [*SANITIZERS, *build.find_libfabric().flags]
+    return NativeTests(build, FOLDER, flags, build.source_files(bindings=False), SOURCES)
 
 
 @pytest.fixture(scope="module")

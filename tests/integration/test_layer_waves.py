@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
+from moe_efa.late_gradients import LateGradients
 from moe_efa.native_group import NativeGroup
 from moe_efa.nn import SwiGLUExperts, experts
 from moe_efa.nn.grouped_mm import grouped_outer
@@ -255,6 +258,42 @@ def gradients_late(rank: int, group: dist.ProcessGroup) -> list[str]:
 def test_late_gradients_are_seen_as_ever():
     expected = ["order", "hooks", "kept", "error", "checkpoints", "one wave"]
     assert spawn(gradients_late, 2, timeout=120) == [expected] * 2
+
+
+def wrapped(rank: int, group: dist.ProcessGroup) -> list[str]:
+    """Gradients under wrappers that hook the parameters, of two steps added up."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(T, H), torch.randn(T, H)
+    expected: dict[str, torch.Tensor] = {}
+    late = []
+    for wrapper in ("none", "ddp", "fsdp of the layer", "fsdp of the experts"):
+        layer = model = moe_efa.MoELayer(intermediate_size=I, seed=3, waves=3, **SIZES)
+        if wrapper == "ddp":
+            model = torch.nn.parallel.DistributedDataParallel(layer)
+        elif wrapper != "none":
+            fully_shard(layer if wrapper == "fsdp of the layer" else layer.experts, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LateGradients, "__init__", counted(LateGradients.__init__, late, wrapper))
+            for _ in range(2):
+                model(x.clone().requires_grad_()).backward(grad)
+        for name, parameter in layer.named_parameters():
+            value = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            assert_bitwise(value, expected.setdefault(name, value), f"{wrapper}: {name}")
+        layer.close()
+    return late
+
+
+def counted(function: Any, calls: list[str], what: str) -> Any:
+    def call(*args: Any) -> Any:
+        calls.append(what)
+        return function(*args)
+
+    return call
+
+
+def test_wrappers_that_hook_parameters_see_one_gradient():
+    # Parameters of experts that are sharded by themselves show up in each call only.
+    assert spawn(wrapped, 1) == [["none"] * 2 + ["ddp"] * 2 + ["fsdp of the layer"] * 2]
 
 
 def test_parameters_that_are_not_at_hand_have_no_late_gradients():

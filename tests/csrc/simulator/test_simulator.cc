@@ -17,15 +17,17 @@ namespace {
 void check_seeds(const std::string& profile, std::uint64_t first, std::uint64_t count, std::uint32_t num_ranks = 0) {
   CheckOptions options;
   options.num_ranks = num_ranks;
-  std::uint64_t epochs = 0;
+  std::uint64_t epochs = 0, with_both_phases = 0;
   for (std::uint64_t seed = first; seed < first + count; ++seed) {
     CheckResult result = run_check(profile, seed, options);
     epochs += result.epochs;
+    with_both_phases += result.both_phases > 0;
     CHECK_MESSAGE(result.ok, "python -m moe_efa.simulator --profile ", profile, " --first-seed ", seed, " --seeds 1",
                   num_ranks != 0 ? " --num-ranks " + std::to_string(num_ranks) : "", "\n", result.message);
     CHECK(result.inbound_high_water <= result.inbound_limit);
   }
-  MESSAGE(profile, ": ", count, " seeds, ", epochs, " epochs");
+  CHECK_MESSAGE(with_both_phases > count / 20, "a dispatch and a combine under way together in ", with_both_phases);
+  MESSAGE(profile, ": ", count, " seeds, ", epochs, " epochs, both phases at once in ", with_both_phases);
 }
 
 }  // namespace
@@ -51,12 +53,14 @@ TEST_CASE("the-same-seed-gives-the-same-run") {
 
 TEST_CASE("the-seeds-cover-what-they-should") {
   bool one_slot = false, wrap = false, one_node = false, replay = false, older_plan = false, no_tokens = false;
-  bool none_selected = false, duplicate = false;
+  bool none_selected = false, duplicate = false, one_by_one = false, far_ahead = false;
   bool fp8_dispatch = false, fp8_replay = false, fp8_output = false, fp8_combine = false, ue8m0 = false, blocks = false;
   for (std::uint64_t seed = 0; seed < 120; ++seed) {
     Workload world = make_workload(seed, 0);
     one_slot |= world.layout.slots == 1;
     one_node |= world.num_nodes() == 1;
+    one_by_one |= world.calls_ahead == 1;
+    far_ahead |= world.calls_ahead == 6;
     std::uint32_t dispatches = 0, plans = 0;
     for (const ScriptCall& call : world.script) {
       dispatches += call.kind != ScriptCall::Kind::kCombine;
@@ -88,6 +92,8 @@ TEST_CASE("the-seeds-cover-what-they-should") {
   CHECK(one_slot);
   CHECK(wrap);
   CHECK(one_node);
+  CHECK(one_by_one);
+  CHECK(far_ahead);
   CHECK(replay);
   CHECK(older_plan);
   CHECK(no_tokens);
