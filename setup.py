@@ -33,6 +33,7 @@ SOURCE_FOLDERS = (
     "transport",
     "kernels",
     "kernels/cpu",
+    "kernels/cuda",
     "simulator",
     "runtime",
     "bindings",

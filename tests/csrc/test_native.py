@@ -30,7 +30,7 @@ THREAD_FOLDER = ROOT / "build" / "thread-tests"
 THREAD_SANITIZER = ["-fsanitize=thread"]
 # Everything that runs where ranks are threads: no processes, sockets or libfabric.
 THREAD_LIBRARY = re.compile(
-    r"csrc/(engine|kernels/cpu)/|csrc/transport/(pump|reorder_rail)|csrc/runtime/(driver|thread_pool)"
+    r"csrc/(engine|kernels/cpu|kernels/cuda)/|csrc/transport/(pump|reorder_rail)|csrc/runtime/(driver|thread_pool)"
     r"|csrc/simulator/(workload|reference)"
 )
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
