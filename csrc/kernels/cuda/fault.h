@@ -50,7 +50,6 @@ void raise(const Fault& fault);
 struct GridState {
   std::uint32_t ticket;
   std::uint32_t exited;
-  std::uint32_t faults;
   std::uint32_t waiting;     // blocks at the barrier
   std::uint32_t generation;  // barriers passed; only grows
 };
@@ -58,6 +57,7 @@ struct GridState {
 // What every body needs to stop in time.
 struct Watch {
   GridState* grid;
+  std::uint32_t* faults;     // of all roles of the launch, in device memory; zero before
   Fault* fault;              // mapped host memory
   std::uint64_t timeout_ns;  // of each wait
   std::uint32_t rank;
@@ -66,7 +66,7 @@ struct Watch {
 // The first fault of a grid wins; the others only stop.
 template <class Block>
 MOE_EFA_DEVICE void report(Block& block, const Watch& watch, const Fault& fault) {
-  if (block.add_acq_rel(&watch.grid->faults, 1) != 0) return;
+  if (block.add_acq_rel(watch.faults, 1) != 0) return;
   Fault* to = watch.fault;
   to->what = fault.what;
   to->phase = fault.phase;
@@ -81,7 +81,7 @@ MOE_EFA_DEVICE void report(Block& block, const Watch& watch, const Fault& fault)
 
 template <class Block>
 MOE_EFA_DEVICE bool faulted(Block& block, const Watch& watch) {
-  return block.load_relaxed(&watch.grid->faults) != 0;
+  return block.load_relaxed(watch.faults) != 0;
 }
 
 // For one thread. Until `observe()`, which reads words with acquire, is at least `least`. False when time is up, which

@@ -20,7 +20,7 @@ std::size_t FlatPlan::take(const std::vector<T>& values) {
 
 FlatPlan::FlatPlan(const Plan& plan, const std::vector<std::uint32_t>& num_pulls) {
   view_.num_tokens = plan.num_tokens;
-  view_.num_nodes = static_cast<std::uint32_t>(plan.send.size());
+  view_.num_nodes = static_cast<std::uint32_t>(std::max(plan.send.size(), plan.masks.size()));
   view_.num_rings = static_cast<std::uint32_t>(plan.rings.size());
   view_.mask_bytes = plan.mask_bytes;
   for (const SendPlan& send : plan.send) {

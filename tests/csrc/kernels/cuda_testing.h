@@ -11,6 +11,7 @@
 
 #include "common/status.h"
 #include "emulated_block.h"
+#include "kernels/cpu/pack.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cuda/plan_view.h"
 #include "kernels/launch.h"
@@ -127,6 +128,81 @@ struct OneRank {
   std::vector<std::int64_t> topk;
   std::vector<float> weights;
   std::shared_ptr<kernels::Plan> plan;
+};
+
+// What all six ranks sent to OneRank's node, packed into the rings there by the CPU kernel; and the sizes that follow.
+struct Incoming {
+  Incoming(OneRank& at, proto::DType x_dtype, proto::DType wire_dtype, const std::string& routing, bool replay,
+           std::uint64_t seed, bool finite = false)
+      : own(&at), wire_dtype(wire_dtype), replay(replay) {
+    OneRank& one = at;
+    const proto::LayoutConfig& config = one.config;
+    std::uint32_t own_local = one.view.topology.local_rank(), node = one.view.topology.node();
+    std::uint32_t per_rank = config.experts_per_rank;
+    counts.assign(6 * per_rank, 0);
+    base.assign(6 * per_rank, 0);
+    plan.plan_id = 3;
+    plan.rings.resize(6);
+    plan.pulls.resize(6);
+    plan.masks.resize(config.num_nodes);
+    plan.mask_bytes = 1;
+    num_pulls.assign(6, 0);
+    for (std::uint32_t rank = 0; rank < 6; ++rank) {
+      std::uint32_t from_node = rank / 2, local = rank % 2, ring = local * config.num_nodes + from_node;
+      proto::NodeView view{{6, 2, rank}, proto::RegionLayout(config, from_node), one.regions.data()};
+      std::uint32_t tokens = routing == "random" ? 11 * rank : 30;  // rank 0 has none
+      std::vector<std::int64_t> topk = random_routing(tokens, config.top_k, 18, routing, seed + rank);
+      std::vector<float> weights(topk.size());
+      for (std::size_t i = 0; i < topk.size(); ++i) weights[i] = static_cast<float>(i % 11) / 16 - 0.25f;
+      auto send = kernels::cpu::build_send_plan({topk.data(), weights.data(), tokens, 1, 1}, view);
+      send->plan_id = plan.plan_id;
+      send->complete = replay;
+      const kernels::SendPlan& to_us = send->send[node];
+      plan.rings[ring] = to_us.facts;
+      plan.pulls[ring].resize(to_us.facts.num_chunks);
+      if (local == own_local) plan.masks[from_node].assign(to_us.facts.rows, 0);
+      for (std::uint32_t expert = 0; expert < per_rank; ++expert) {
+        counts[rank * per_rank + expert] = to_us.expert_counts[own_local * per_rank + expert];
+        num_pulls[ring] += counts[rank * per_rank + expert];
+      }
+      std::vector<std::byte> x = random_rows(tokens, config.hidden_size, x_dtype, seed + rank, finite);
+      kernels::DispatchArgs dispatch;
+      dispatch.x = x.data();
+      dispatch.x_dtype = x_dtype;
+      dispatch.wire_dtype = wire_dtype;
+      dispatch.plan = send;
+      for (std::uint32_t chunk = 0; chunk < to_us.facts.num_chunks; ++chunk) {
+        std::uint64_t seq = first_seq(ring) + chunk;
+        std::byte* slot = one.view.region(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, from_node, seq);
+        kernels::cpu::pack_chunk({&dispatch, node, chunk, seq, 5, slot}, view);
+        arrive(local, from_node, seq);
+      }
+    }
+    plan.tokens_per_expert.assign(per_rank, 0);
+    plan.offsets.assign(per_rank + 1, 0);
+    for (std::uint32_t expert = 0; expert < per_rank; ++expert) {
+      std::int64_t row = plan.offsets[expert];
+      for (std::uint32_t rank = 0; rank < 6; ++rank) {
+        base[rank * per_rank + expert] = row;
+        row += counts[rank * per_rank + expert];
+      }
+      plan.tokens_per_expert[expert] = row - plan.offsets[expert];
+      plan.offsets[expert + 1] =
+          plan.offsets[expert] + common::round_up<std::int64_t>(plan.tokens_per_expert[expert], 8);
+    }
+  }
+
+  static std::uint64_t first_seq(std::uint32_t ring) { return 2 + ring * 3; }
+  void arrive(std::uint32_t local, std::uint32_t node, std::uint64_t seq, bool there = true) {
+    *own->view.word(local, own->view.layout.arrived(proto::Phase::kDispatch, node, seq)) = there ? seq + 1 : 0;
+  }
+
+  OneRank* own;
+  proto::DType wire_dtype;
+  bool replay;
+  kernels::Plan plan;  // sizes only: a pull fills in the rest
+  std::vector<std::uint32_t> counts, num_pulls;
+  std::vector<std::int64_t> base;
 };
 
 }  // namespace moe_efa::testing

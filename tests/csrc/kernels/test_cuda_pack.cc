@@ -50,7 +50,7 @@ struct Packing {
     args.arrivals = arrivals.data();
     ready.assign(one.config.num_nodes * one.config.slots, {});
     args.ready = ready.data();
-    args.watch = {&grid, &fault, 20'000'000'000, one.view.topology.rank};
+    args.watch = {&grid, &faults, &fault, 20'000'000'000, one.view.topology.rank};
     for (std::uint32_t node = 0; node < 3; ++node) {
       one.free_slots(proto::Phase::kDispatch, node, first_seq[node] + one.plan->send[node].facts.num_chunks);
     }
@@ -102,6 +102,7 @@ struct Packing {
   std::vector<std::uint32_t> arrivals;
   std::vector<kernels::cuda::ChunkReady> ready;
   kernels::cuda::GridState grid{};
+  std::uint32_t faults = 0;
   kernels::cuda::Fault fault{};
   kernels::cuda::PackArgs args{};
 };
