@@ -5,6 +5,7 @@
 //   sync(), sync_warp()                              barriers that also order memory
 //   shuffle(v, lane), shuffle_xor(v, mask), ballot(bool), match_any(v)   among the whole warp
 //   add(word, n), add_acq_rel(word, n)                old value; among threads of the device
+//   compare_swap(word, from, to)                     was it `from`? Orders what follows after what led to `from`
 //   load_relaxed(word)                                a word that another block changes
 //   load_acquire(word), store_release(word, v)        words that ranks, the driver and the NIC's side share (system)
 //   load(vec), load_fresh(vec), store(vec, v)         16 bytes; fresh: written while the kernel runs, past the L1

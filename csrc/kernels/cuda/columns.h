@@ -211,6 +211,65 @@ struct Fp8Sink {
   }
 };
 
+// A source or sink whose dtype is known when the kernel runs: the same for the whole warp.
+template <Memory kMemory>
+struct AnySource {
+  const void* row;
+  proto::DType dtype;
+  std::uint32_t hidden_size;
+
+  template <class Block>
+  MOE_EFA_DEVICE void read(Block& block, std::uint32_t column, Columns* to) const {
+    bool wide = is_aligned(row);
+    if (dtype == proto::DType::kBf16) {
+      Bf16Source<kMemory>{static_cast<const std::uint16_t*>(row), hidden_size, wide}.read(block, column, to);
+    } else if (dtype == proto::DType::kFp32) {
+      Fp32Source<kMemory>{static_cast<const float*>(row), hidden_size, wide}.read(block, column, to);
+    } else {
+      Fp8Source<kMemory>{static_cast<const std::uint8_t*>(row), hidden_size, wide}.read(block, column, to);
+    }
+  }
+};
+
+struct AnySink {
+  void* row;
+  proto::DType dtype;
+  std::uint32_t hidden_size;
+  proto::Fp8Scale format;
+
+  template <class Block>
+  MOE_EFA_DEVICE void write(Block& block, std::uint32_t column, const Columns& from) const {
+    bool wide = is_aligned(row);
+    if (dtype == proto::DType::kBf16) {
+      Bf16Sink{static_cast<std::uint16_t*>(row), hidden_size, wide}.write(block, column, from);
+    } else if (dtype == proto::DType::kFp32) {
+      Fp32Sink{static_cast<float*>(row), hidden_size, wide}.write(block, column, from);
+    } else {
+      Fp8Sink{static_cast<std::uint8_t*>(row), hidden_size, format}.write(block, column, from);
+    }
+  }
+};
+
+// Rounds to a dtype and back.
+template <class Block>
+MOE_EFA_DEVICE void round_to(Block& block, proto::DType dtype, proto::Fp8Scale format, Columns* columns) {
+  if (dtype == proto::DType::kFp32) return;
+  if (dtype == proto::DType::kBf16) {
+    MOE_EFA_UNROLL
+    for (std::uint32_t i = 0; i < kColumns; ++i) {
+      columns->value[i] = bf16_to_float(float_to_bf16(columns->value[i]));
+    }
+    return;
+  }
+  std::int32_t largest = block_magnitude(block, *columns);
+  float scale = fp8_block_scale(largest, format);
+  MOE_EFA_UNROLL
+  for (std::uint32_t i = 0; i < kColumns; ++i) {
+    std::uint8_t code = largest < kFp32Infinity ? quantize(columns->value[i], scale) : kE4m3Nan;
+    columns->value[i] = dequantize(code, scale);
+  }
+}
+
 // What a warp does for a row: every thread its columns, all in step, so that they may take part in shuffles.
 template <class Block, class Source, class Sink>
 MOE_EFA_DEVICE void convert_columns(Block& block, const Source& source, const Sink& sink, std::uint32_t hidden_size) {

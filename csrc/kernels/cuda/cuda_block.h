@@ -39,6 +39,14 @@ struct CudaBlock {
                  : "memory");
     return old;
   }
+  __device__ bool compare_swap(std::uint32_t* word, std::uint32_t from, std::uint32_t to) {
+    std::uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
+                 : "=r"(old)
+                 : "l"(global(word)), "r"(from), "r"(to)
+                 : "memory");
+    return old == from;
+  }
   __device__ std::uint32_t load_relaxed(const std::uint32_t* word) {
     std::uint32_t value;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(global(word)) : "memory");

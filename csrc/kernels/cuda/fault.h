@@ -124,13 +124,45 @@ MOE_EFA_DEVICE bool take_ticket(Block& block, const Watch& watch, Tickets& share
   return *ticket < count;
 }
 
-// The last of `num_blocks` blocks leaves the words as it found them.
+// For one thread of a block, when it has nothing more to do. True for the last of `num_blocks`, which leaves the words
+// as it found them.
 template <class Block>
-MOE_EFA_DEVICE void leave_grid(Block& block, const Watch& watch, std::uint32_t num_blocks) {
-  if (block.thread() != 0) return;
-  if (block.add_acq_rel(&watch.grid->exited, 1) + 1 == num_blocks) {
-    watch.grid->ticket = 0;
-    watch.grid->exited = 0;
+MOE_EFA_DEVICE bool leave_grid(Block& block, const Watch& watch, std::uint32_t num_blocks) {
+  if (block.add_acq_rel(&watch.grid->exited, 1) + 1 != num_blocks) return false;
+  watch.grid->ticket = 0;
+  watch.grid->exited = 0;
+  return true;
+}
+
+// For one thread. Takes the next chunk of some ring for which `ready(ring, chunk)`: rings that cannot move hold up no
+// other, as fixed numbers would. `next` [num_rings] are the first chunks not taken. False where all are taken, after a
+// fault, or when none was ready in time, which `about(ring, chunk)` then tells of.
+template <class Block, class NumChunks, class Ready, class About>
+MOE_EFA_DEVICE bool claim_chunk(Block& block, const Watch& watch, std::uint32_t* next, std::uint32_t num_rings,
+                                NumChunks num_chunks, Ready ready, About about, std::uint32_t* ring,
+                                std::uint32_t* chunk) {
+  std::uint64_t start = 0;
+  for (;;) {
+    std::uint32_t waiting = num_rings;  // a ring with chunks left
+    MOE_EFA_NO_UNROLL
+    for (std::uint32_t step = 0; step < num_rings; ++step) {
+      std::uint32_t i = (step + block.block()) % num_rings;
+      std::uint32_t first = block.load_relaxed(next + i);
+      if (first >= num_chunks(i)) continue;
+      waiting = i;
+      if (!ready(i, first) || !block.compare_swap(next + i, first, first + 1)) continue;
+      *ring = i;
+      *chunk = first;
+      return true;
+    }
+    if (waiting == num_rings || faulted(block, watch)) return false;
+    std::uint64_t now = block.now_ns();
+    if (start == 0) start = now;
+    if (now - start > watch.timeout_ns) {
+      report(block, watch, about(waiting, block.load_relaxed(next + waiting)));
+      return false;
+    }
+    block.pause();
   }
 }
 

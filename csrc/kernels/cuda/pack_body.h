@@ -153,7 +153,7 @@ MOE_EFA_DEVICE void pack_body(Block& block, const PackArgs& args, std::uint32_t 
       }
     }
   }
-  leave_grid(block, args.watch, num_blocks);
+  if (block.thread() == 0) leave_grid(block, args.watch, num_blocks);
 }
 
 }  // namespace moe_efa::kernels::cuda

@@ -346,7 +346,7 @@ MOE_EFA_DEVICE void pull_body(Block& block, const PullArgs& args, std::uint32_t 
     if (part.chunk >= args.plan.rings[part.ring].facts.num_chunks) continue;
     if (!pull_chunk(block, args, part, shared)) break;
   }
-  leave_grid(block, args.watch, num_blocks);
+  if (block.thread() == 0) leave_grid(block, args.watch, num_blocks);
 }
 
 }  // namespace moe_efa::kernels::cuda

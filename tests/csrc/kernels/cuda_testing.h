@@ -86,12 +86,14 @@ inline std::vector<std::int64_t> random_routing(std::uint32_t tokens, std::uint3
   return topk;
 }
 
-// Rank 2 (node 1, local rank 0) of 6 ranks on 3 nodes, with its region and its mate's, and a send plan.
+// Rank 2 (node 1, local rank 0) of 6 ranks on 3 nodes, or rank 0 of 2 on one, with its region and its mate's, and a
+// send plan.
 struct OneRank {
   OneRank(std::uint32_t hidden_size, std::uint32_t tokens, const std::string& routing, proto::Fp8Scale scale,
-          std::uint64_t seed) {
+          std::uint64_t seed, std::uint32_t nodes = 3) {
     using proto::DType;
-    config.num_nodes = 3;
+    std::uint32_t node = nodes == 1 ? 0 : 1;
+    config.num_nodes = nodes;
     config.node_size = 2;
     config.experts_per_rank = 3;
     config.top_k = 4;
@@ -101,14 +103,15 @@ struct OneRank {
     config.chunk_rows = 9;
     config.slots = 7;
     config.own_slots = 7;
-    proto::RegionLayout layout(config, 1);
+    config.publish_slots = 7;
+    proto::RegionLayout layout(config, node);
     for (int i = 0; i < 2; ++i) {
       memory.emplace_back(layout.total_bytes(), kPoison);
       std::fill_n(memory.back().data(), layout.flag_bytes(), std::byte{0});
       regions.push_back(memory.back().data());
     }
-    view = {{6, 2, 2}, layout, regions.data()};
-    topk = random_routing(tokens, config.top_k, 18, routing, seed);
+    view = {{nodes * 2, 2, node * 2}, layout, regions.data()};
+    topk = random_routing(tokens, config.top_k, 6 * nodes, routing, seed);
     for (std::size_t i = 0; i < topk.size(); ++i) weights.push_back(static_cast<float>(i % 7) / 8 + 0.1f);
     plan = kernels::cpu::build_send_plan({topk.data(), weights.data(), tokens, 1, 1}, view);
   }
@@ -138,25 +141,30 @@ struct Incoming {
     OneRank& one = at;
     const proto::LayoutConfig& config = one.config;
     std::uint32_t own_local = one.view.topology.local_rank(), node = one.view.topology.node();
-    std::uint32_t per_rank = config.experts_per_rank;
-    counts.assign(6 * per_rank, 0);
-    base.assign(6 * per_rank, 0);
+    std::uint32_t per_rank = config.experts_per_rank, ranks = 2 * config.num_nodes;
+    counts.assign(ranks * per_rank, 0);
+    base.assign(ranks * per_rank, 0);
     plan.plan_id = 3;
-    plan.rings.resize(6);
-    plan.pulls.resize(6);
+    plan.rings.resize(ranks);
+    plan.pulls.resize(ranks);
     plan.masks.resize(config.num_nodes);
     plan.mask_bytes = 1;
-    num_pulls.assign(6, 0);
-    for (std::uint32_t rank = 0; rank < 6; ++rank) {
+    num_pulls.assign(ranks, 0);
+    for (std::uint32_t rank = 0; rank < ranks; ++rank) {
       std::uint32_t from_node = rank / 2, local = rank % 2, ring = local * config.num_nodes + from_node;
-      proto::NodeView view{{6, 2, rank}, proto::RegionLayout(config, from_node), one.regions.data()};
-      std::uint32_t tokens = routing == "random" ? 11 * rank : 30;  // rank 0 has none
-      std::vector<std::int64_t> topk = random_routing(tokens, config.top_k, 18, routing, seed + rank);
+      proto::NodeView view{{ranks, 2, rank}, proto::RegionLayout(config, from_node), one.regions.data()};
+      std::uint32_t tokens = routing == "random" ? 11 * rank : 30;  // rank 0 has none, but of two
+      if (ranks == 2) tokens += 15;
+      std::vector<std::int64_t> topk = random_routing(tokens, config.top_k, 3 * ranks, routing, seed + rank);
       std::vector<float> weights(topk.size());
       for (std::size_t i = 0; i < topk.size(); ++i) weights[i] = static_cast<float>(i % 11) / 16 - 0.25f;
       auto send = kernels::cpu::build_send_plan({topk.data(), weights.data(), tokens, 1, 1}, view);
       send->plan_id = plan.plan_id;
       send->complete = replay;
+      if (rank == one.view.topology.rank) {
+        plan.send = send->send;
+        plan.num_tokens = tokens;
+      }
       const kernels::SendPlan& to_us = send->send[node];
       plan.rings[ring] = to_us.facts;
       plan.pulls[ring].resize(to_us.facts.num_chunks);
@@ -182,7 +190,7 @@ struct Incoming {
     plan.offsets.assign(per_rank + 1, 0);
     for (std::uint32_t expert = 0; expert < per_rank; ++expert) {
       std::int64_t row = plan.offsets[expert];
-      for (std::uint32_t rank = 0; rank < 6; ++rank) {
+      for (std::uint32_t rank = 0; rank < ranks; ++rank) {
         base[rank * per_rank + expert] = row;
         row += counts[rank * per_rank + expert];
       }

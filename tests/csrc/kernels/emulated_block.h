@@ -203,6 +203,9 @@ class EmulatedBlock {
   std::uint32_t add_acq_rel(std::uint32_t* word, std::uint32_t count) {
     return __atomic_fetch_add(word, count, __ATOMIC_ACQ_REL);
   }
+  bool compare_swap(std::uint32_t* word, std::uint32_t from, std::uint32_t to) {
+    return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+  }
   std::uint32_t load_relaxed(const std::uint32_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
   std::uint64_t load_acquire(const std::uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
   void store_release(std::uint64_t* word, std::uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
