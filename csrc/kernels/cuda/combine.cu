@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
 }  // namespace
 
 void launch_combine(const CombineArgs& args, const CombineBlocks& blocks, void* stream) {
-  launch_resident(combine_kernel, blocks.publish + blocks.forward + blocks.reduce, kCombineThreads, stream, args,
+  launch_resident(combine_kernel, blocks.publish + blocks.forward + blocks.reduce, kCombineThreads, 0, stream, args,
                   blocks);
 }
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kPullThreads, 1)
 
 void launch_pull(const PullArgs& args, std::uint32_t num_blocks, const PackArgs* rest, std::uint32_t pack_blocks,
                  void* stream) {
-  launch_resident(pull_kernel, num_blocks, kPullThreads, stream, args, rest == nullptr ? PackArgs{} : *rest,
+  launch_resident(pull_kernel, num_blocks, kPullThreads, 0, stream, args, rest == nullptr ? PackArgs{} : *rest,
                   rest == nullptr ? 0u : pack_blocks);
 }
 
