@@ -12,19 +12,17 @@ import platform
 import re
 import shutil
 import subprocess
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda-tests"
 SOURCES = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-# As setup.py compiles them, and what each kernel uses.
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-Xcompiler=-Wall", "-Werror=all-warnings"]
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # what the package promises; setup.py says how each is compiled
 JOBS = 2
 REGISTERS_OF_SM = 65536
 SHARED_BYTES = 48 * 1024  # what a launch gets without asking for more
@@ -61,21 +59,11 @@ def parse_usage(text: str) -> dict[tuple[str, str], Usage]:
     return usages
 
 
-def python_packages() -> list[Path]:
-    """Where pip puts NVIDIA's packages."""
-    return sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*"))
-
-
-def find_nvcc() -> Path:
+def find_nvcc(build: ModuleType) -> Path:
     """A CUDA compiler. Everywhere but on machines that the extra `test` has no compiler for, one has to be found."""
-    candidates = [
-        shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-        *(path / "bin" / "nvcc" for path in python_packages()),
-    ]
-    for candidate in candidates:
-        if candidate is not None and Path(candidate).exists():
-            return Path(candidate)
+    nvcc: Path | None = build.find_nvcc()
+    if nvcc is not None:
+        return nvcc
     message = "no nvcc: install the extra `test` of moe_efa (x86_64), or a CUDA toolkit from 12.8 on"
     if platform.machine() != "x86_64":
         pytest.skip(message)
@@ -96,12 +84,13 @@ def find_cuobjdump(nvcc: Path) -> Path:
 class Compiled:
     """The objects and what ptxas said of them; kept until an input changes."""
 
-    def __init__(self) -> None:
-        self.nvcc = find_nvcc()
+    def __init__(self, build: ModuleType) -> None:
+        self.nvcc = find_nvcc(build)
+        self.flags = [*build.CUDA_COMPILE_FLAGS, "-Werror=all-warnings", "-Xptxas=-v"]
         self.cuobjdump = find_cuobjdump(self.nvcc)
         FOLDER.mkdir(parents=True, exist_ok=True)
         version = subprocess.run([self.nvcc, "--version"], capture_output=True, check=True).stdout
-        digest = hashlib.sha256(version + " ".join(FLAGS).encode())
+        digest = hashlib.sha256(version + " ".join(self.flags).encode())
         for path in sorted((ROOT / "csrc").rglob("*")):
             if path.suffix == ".h" and path.parts[len(ROOT.parts) + 1] in ("common", "proto", "kernels"):
                 digest.update(path.read_bytes())
@@ -116,8 +105,7 @@ class Compiled:
         if target.exists() and log.exists() and stamp.exists() and stamp.read_text() == signature:
             return log.read_text()
         stamp.unlink(missing_ok=True)
-        code = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHITECTURES]
-        command = [self.nvcc, *FLAGS, "-Icsrc", "-Xptxas=-v", *code, "-c", source, "-o", target]
+        command = [self.nvcc, *self.flags, "-Icsrc", "-c", source, "-o", target]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         text = result.stdout + result.stderr
         assert result.returncode == 0, f"nvcc refuses {source.name}:\n{text}"
@@ -133,8 +121,8 @@ class Compiled:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Compiled:
-    return Compiled()
+def compiled(build: ModuleType) -> Compiled:
+    return Compiled(build)
 
 
 @pytest.mark.timeout(900)

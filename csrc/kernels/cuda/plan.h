@@ -28,7 +28,8 @@ struct PlanArgs {
 
 inline constexpr std::uint32_t kPlanThreads = 256;
 inline constexpr std::uint32_t kPlanBlocks = 16;  // at 4096 tokens a warp has 32 of them
-inline constexpr std::uint32_t kPlanSharedWords = 12 * 1024;
+inline constexpr std::uint32_t kPlanSharedWords =
+    12 * 1024 - 16;  // what a launch gets without asking, less its Tickets
 
 // What each warp counts: rows of every expert, rows and entries of every node.
 constexpr std::uint32_t plan_columns(const proto::LayoutConfig& config) {
