@@ -6,12 +6,15 @@ nvcc comes from PATH, from /usr/local/cuda, or from the Python packages of the e
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,3 +184,14 @@ ptxas info    : Function properties for _ZN7moe_efa12_GLOBAL__N_111pack_kernelEN
 ptxas info    : Used 64 registers, used 1 barriers, 24 bytes cumulative stack size, 8 bytes smem, 776 bytes cmem[0]
 """
     assert parse_usage(text) == {("pack_kernel", "sm_90a"): Usage(64, 24, 64, 8)}
+
+
+def test_gpu_check_refuses_where_there_is_no_gpu() -> None:
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("there may be a GPU: bench/gpu_check.py says more")
+    result = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu_check.py"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "no GPU here" in result.stderr

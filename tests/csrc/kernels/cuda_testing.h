@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/status.h"
+#include "device_memory.h"
 #include "emulated_block.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/plan.h"

@@ -163,6 +163,10 @@ struct Combining {
   }
 
   void run(const kernels::cuda::CombineBlocks& blocks, std::uint64_t seed) {
+#if defined(MOE_EFA_TEST_ON_GPU)
+    kernels::cuda::launch_combine(args, blocks, nullptr);
+    return finish_kernels();
+#endif
     std::uint32_t count = blocks.publish + blocks.forward + blocks.reduce;
     run_grid<kernels::cuda::CombineShared>(count, 64, seed,
                                            [&](EmulatedBlock& block, kernels::cuda::CombineShared& shared) {
@@ -278,14 +282,16 @@ TEST_CASE("published-forwarded-and-reduced-rows-are-bitwise-those-of-the-cpu") {
   for (const CombineCase& c : cases) {
     CAPTURE(c.id);
     ++seed;
-    Combining combining(c, seed);
+    auto owned = std::make_unique<Combining>(c, seed);
+    Combining& combining = *owned;
     combining.run({1, 2, 2}, seed);
     combining.check();
   }
 }
 
 TEST_CASE("a-source-without-credit-holds-up-no-other-and-is-named-in-time") {
-  Combining combining({"credit", 40, DType::kBf16, DType::kBf16}, 4);
+  auto owned = std::make_unique<Combining>(CombineCase{"credit", 40, DType::kBf16, DType::kBf16}, 4);
+  Combining& combining = *owned;
   REQUIRE(combining.plan->rings[2].num_chunks > 1);
   std::uint64_t seq = 3 * combining.one.config.slots;
   combining.publish_seq[2] = seq;
@@ -306,7 +312,8 @@ TEST_CASE("a-source-without-credit-holds-up-no-other-and-is-named-in-time") {
 }
 
 TEST_CASE("reduce-refuses-a-chunk-of-another-plan") {
-  Combining combining({"refuse", 40, DType::kBf16, DType::kBf16}, 4);
+  auto owned = std::make_unique<Combining>(CombineCase{"refuse", 40, DType::kBf16, DType::kBf16}, 4);
+  Combining& combining = *owned;
   std::uint64_t seq = combining.receive_seq[2], wrong = 4;
   std::memcpy(combining.one.view.own() + combining.one.view.layout.ring_slot(kPhase, 2, seq) +
                   offsetof(proto::ChunkHeader, plan_id),

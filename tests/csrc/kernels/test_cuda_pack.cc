@@ -57,6 +57,10 @@ struct Packing {
   }
 
   void run(std::uint32_t blocks, std::uint64_t seed) {
+#if defined(MOE_EFA_TEST_ON_GPU)
+    kernels::cuda::launch_pack(args, blocks, nullptr);
+    return finish_kernels();
+#endif
     run_grid<kernels::cuda::Tickets>(blocks, 64, seed, [&](EmulatedBlock& block, kernels::cuda::Tickets& shared) {
       kernels::cuda::pack_body(block, args, blocks, shared);
     });
@@ -129,14 +133,16 @@ TEST_CASE("chunks-are-bitwise-those-of-the-cpu") {
   for (const PackCase& c : cases) {
     CAPTURE(c.id);
     ++seed;
-    Packing packing(c, seed);
+    auto owned = std::make_unique<Packing>(c, seed);
+    Packing& packing = *owned;
     packing.run(3, seed);
     packing.check();
   }
 }
 
 TEST_CASE("two-launches-share-the-chunks-and-the-first-stops-where-told") {
-  Packing packing({"split", 96, proto::DType::kBf16, proto::DType::kFp8}, 5);
+  auto owned = std::make_unique<Packing>(PackCase{"split", 96, proto::DType::kBf16, proto::DType::kFp8}, 5);
+  Packing& packing = *owned;
   REQUIRE(packing.args.plan.send_chunks > 2);
   packing.args.chunk_end = 1;
   packing.run(2, 1);
@@ -148,7 +154,8 @@ TEST_CASE("two-launches-share-the-chunks-and-the-first-stops-where-told") {
 }
 
 TEST_CASE("a-credit-that-does-not-come-is-a-fault-that-names-whom-it-waited-for") {
-  Packing packing({"wait", 32, proto::DType::kBf16, proto::DType::kBf16}, 6);
+  auto owned = std::make_unique<Packing>(PackCase{"wait", 32, proto::DType::kBf16, proto::DType::kBf16}, 6);
+  Packing& packing = *owned;
   packing.first_seq[2] = 11;
   std::uint64_t seq = 12, free = 12 - packing.one.config.slots;  // the slot of chunk 0 is free, that of chunk 1 is not
   REQUIRE(packing.one.plan->send[2].facts.num_chunks > 1);

@@ -47,8 +47,16 @@ struct Planning {
   }
 
   void run(std::uint32_t blocks, std::uint32_t threads, std::uint64_t seed) {
+    if (kOnGpu) {
+      blocks = kernels::cuda::kPlanBlocks;
+      threads = kernels::cuda::kPlanThreads;
+    }
     columns.assign(blocks * threads / 32 * kernels::cuda::plan_columns(config), ~0u);
     args.columns = columns.data();
+#if defined(MOE_EFA_TEST_ON_GPU)
+    kernels::cuda::launch_plan(args, nullptr);
+    return finish_kernels();
+#endif
     run_grid<Shared>(blocks, threads, seed, [&](EmulatedBlock& block, Shared& shared) {
       kernels::cuda::plan_body(block, args, shared.tickets, shared.words);
     });
@@ -96,7 +104,8 @@ TEST_CASE("rows-entries-counts-and-cuts-are-those-of-the-cpu") {
         CAPTURE(tokens);
         CAPTURE(nodes);
         ++seed;
-        Planning planning(nodes, top_k, tokens, "random", seed, 1 + seed % 2);
+        auto owned = std::make_unique<Planning>(nodes, top_k, tokens, "random", seed, 1 + seed % 2);
+        Planning& planning = *owned;
         planning.run(1 + seed % 3, 64, seed);
         planning.check();
       }
@@ -106,21 +115,24 @@ TEST_CASE("rows-entries-counts-and-cuts-are-those-of-the-cpu") {
 
 TEST_CASE("no-selections-and-one-expert-that-takes-all") {
   for (const char* routing : {"none", "one"}) {
-    Planning planning(3, 4, 50, routing, 1);
+    auto owned = std::make_unique<Planning>(3, 4, 50, routing, 1);
+    Planning& planning = *owned;
     planning.run(2, 64, 1);
     planning.check();
   }
 }
 
 TEST_CASE("a-second-launch-needs-no-cleaning-up") {
-  Planning planning(2, 4, 60, "random", 3);
+  auto owned = std::make_unique<Planning>(2, 4, 60, "random", 3);
+  Planning& planning = *owned;
   planning.run(3, 32, 1);
   planning.run(3, 32, 2);
   planning.check();
 }
 
 TEST_CASE("an-expert-id-out-of-range-is-a-fault-that-names-the-slot") {
-  Planning planning(2, 4, 20, "random", 3);
+  auto owned = std::make_unique<Planning>(2, 4, 20, "random", 3);
+  Planning& planning = *owned;
   planning.topk[17] = 20;
   planning.run(2, 32, 1);
   CHECK(planning.fault.what == kernels::cuda::What::kExpertId);

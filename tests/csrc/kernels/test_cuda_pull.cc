@@ -100,6 +100,10 @@ struct Pulling {
   }
 
   void run(std::uint32_t blocks, std::uint64_t seed) {
+#if defined(MOE_EFA_TEST_ON_GPU)
+    kernels::cuda::launch_pull(args, blocks, nullptr, 0, nullptr);
+    return finish_kernels();
+#endif
     run_grid<kernels::cuda::PullShared>(blocks, 64, seed, [&](EmulatedBlock& block, kernels::cuda::PullShared& shared) {
       kernels::cuda::pull_body(block, args, blocks, shared);
     });
@@ -165,7 +169,8 @@ const PullCase kPlain{"plain", 40, DType::kBf16, DType::kBf16, DType::kBf16};
 
 template <typename T>
 void refused(std::size_t offset, T value, What what) {
-  Pulling pulling(kPlain, 3);
+  auto owned = std::make_unique<Pulling>(kPlain, 3);
+  Pulling& pulling = *owned;
   std::memcpy(pulling.slot() + offset, &value, sizeof(value));
   pulling.run(2, 1);
   CHECK(pulling.fault.set == 1);
@@ -205,14 +210,16 @@ TEST_CASE("output-weights-masks-and-pulls-are-bitwise-those-of-the-cpu") {
   for (const PullCase& c : cases) {
     CAPTURE(c.id);
     ++seed;
-    Pulling pulling(c, seed);
+    auto owned = std::make_unique<Pulling>(c, seed);
+    Pulling& pulling = *owned;
     pulling.run(3, seed);
     pulling.check();
   }
 }
 
 TEST_CASE("chunks-may-arrive-in-any-order-while-the-grid-waits") {
-  Pulling pulling(kPlain, 4);
+  auto owned = std::make_unique<Pulling>(kPlain, 4);
+  Pulling& pulling = *owned;
   struct Arrival {
     std::uint32_t ring;
     std::uint64_t seq;
@@ -238,7 +245,8 @@ TEST_CASE("chunks-may-arrive-in-any-order-while-the-grid-waits") {
 }
 
 TEST_CASE("a-chunk-that-does-not-come-is-a-fault-that-names-its-source") {
-  Pulling pulling(kPlain, 4);
+  auto owned = std::make_unique<Pulling>(kPlain, 4);
+  Pulling& pulling = *owned;
   REQUIRE(pulling.plan.rings[5].num_chunks > 1);
   std::uint64_t seq = Incoming::first_seq(5) + 1;
   pulling.incoming.arrive(1, 2, seq, false);
@@ -268,7 +276,8 @@ TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {
 
 TEST_CASE("pull-refuses-metadata-out-of-bounds") {
   constexpr std::size_t kMeta = sizeof(proto::ChunkHeader);
-  Pulling pulling(kPlain, 3);
+  auto owned = std::make_unique<Pulling>(kPlain, 3);
+  Pulling& pulling = *owned;
   std::size_t entries = kMeta + pulling.plan.rings[4].rows_in(0) * sizeof(proto::RowMeta);
   proto::RowMeta first;
   std::memcpy(&first, pulling.slot() + kMeta, sizeof(first));
