@@ -64,7 +64,7 @@ def build(setup: ModuleType, nvcc: Path) -> list[Path]:
     ]
     include = ["-isystem", str(nvcc.parents[1] / "include")]
     flags = {path: list(setup.CUDA_COMPILE_FLAGS) for path in kernels}
-    flags |= {path: HOST_FLAGS for path in host}
+    flags |= dict.fromkeys(host, HOST_FLAGS)
     flags |= {path: [*HOST_FLAGS, "-DMOE_EFA_TEST_ON_GPU=1", *include] for path in TESTS}
     objects = setup.ObjectCompiler(FOLDER).compile([*kernels, *host, *TESTS], flags)
     common = [str(path) for path in objects[: -len(TESTS)]]
