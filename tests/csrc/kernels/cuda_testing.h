@@ -91,7 +91,7 @@ inline std::vector<std::int64_t> random_routing(std::uint32_t tokens, std::uint3
 // send plan.
 struct OneRank {
   OneRank(std::uint32_t hidden_size, std::uint32_t tokens, const std::string& routing, proto::Fp8Scale scale,
-          std::uint64_t seed, std::uint32_t nodes = 3) {
+          std::uint64_t seed, std::uint32_t nodes = 3, std::uint32_t chunk_rows = 9) {
     using proto::DType;
     std::uint32_t node = nodes == 1 ? 0 : 1;
     config.num_nodes = nodes;
@@ -101,7 +101,7 @@ struct OneRank {
     config.hidden_size = hidden_size;
     config.dispatch_dtypes = config.combine_dtypes = proto::DTypeSet(DType::kFp32) | DType::kBf16 | DType::kFp8;
     config.fp8_scale = scale;
-    config.chunk_rows = 9;
+    config.chunk_rows = chunk_rows;
     config.slots = 7;
     config.own_slots = 7;
     config.publish_slots = 7;

@@ -8,6 +8,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <random>
@@ -208,7 +210,16 @@ class EmulatedBlock {
   }
   std::uint32_t load_relaxed(const std::uint32_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
   std::uint64_t load_acquire(const std::uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-  void store_release(std::uint64_t* word, std::uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+  // Words that others wait for only grow, one step each: a chunk told of twice was told of too early.
+  void store_release(std::uint64_t* word, std::uint64_t value) {
+    if (__atomic_load_n(word, __ATOMIC_RELAXED) >= value) {
+      std::fprintf(stderr, "a word that is %llu already is set to %llu\n",
+                   static_cast<unsigned long long>(__atomic_load_n(word, __ATOMIC_RELAXED)),
+                   static_cast<unsigned long long>(value));
+      std::abort();
+    }
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+  }
 
   // As the hardware does: an unaligned 16-byte access is an error (the sanitizer's).
   Vec16 load(const Vec16* from) { return *from; }

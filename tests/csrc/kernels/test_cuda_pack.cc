@@ -21,12 +21,14 @@ struct PackCase {
   std::uint32_t tokens = 40;
   const char* routing = "random";
   bool replay = false;
+  std::uint32_t chunk_rows = 9;
 };
 
 // One source on node 1 of 3; what the kernels write is compared with what the CPU writes into a region alike.
 struct Packing {
   Packing(const PackCase& c, std::uint64_t seed)
-      : one(c.hidden_size, c.tokens, c.routing, c.scale, seed), x(random_rows(c.tokens, c.hidden_size, c.x, seed)) {
+      : one(c.hidden_size, c.tokens, c.routing, c.scale, seed, 3, c.chunk_rows),
+        x(random_rows(c.tokens, c.hidden_size, c.x, seed)) {
     dispatch.x = x.data();
     dispatch.x_dtype = c.x;
     dispatch.wire_dtype = c.wire;
@@ -125,6 +127,7 @@ TEST_CASE("chunks-are-bitwise-those-of-the-cpu") {
       {"bf16-to-fp8-short-block-h141", 141, DType::kBf16, DType::kFp8},
       {"fp32-to-fp8-ue8m0-h200", 200, DType::kFp32, DType::kFp8, proto::Fp8Scale::kUe8m0},
       {"fp8-replay-h256", 256, DType::kBf16, DType::kFp8, proto::Fp8Scale::kFp32, 40, "random", true},
+      {"chunks-of-several-parts", 64, DType::kBf16, DType::kFp8, proto::Fp8Scale::kFp32, 150, "random", false, 40},
       {"no-tokens", 64, DType::kBf16, DType::kFp8, proto::Fp8Scale::kFp32, 0},
       {"no-selections", 64, DType::kBf16, DType::kFp8, proto::Fp8Scale::kFp32, 10, "none"},
       {"one-expert-takes-all", 64, DType::kBf16, DType::kFp8, proto::Fp8Scale::kFp32, 50, "one"},
