@@ -1,8 +1,8 @@
 """Builds moe_efa and its native extension moe_efa._C (pybind11; neither torch nor libfabric is linked).
 
 Read from the environment: CXX and CXXFLAGS as usual; MOE_EFA_NO_LIBFABRIC=1 leaves the libfabric rail out;
-MOE_EFA_BUILD_JOBS bounds the compilers that run at once. Objects are kept in build/, so a second build compiles what
-changed. Everything that is not code is in pyproject.toml.
+MOE_EFA_CUDA=1 builds the CUDA kernels in, with nvcc; MOE_EFA_BUILD_JOBS bounds the compilers that run at once. Objects
+are kept in build/, so a second build compiles what changed. Everything that is not code is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SOURCE_FOLDERS = (
     "transport",
     "kernels",
     "kernels/cpu",
+    "kernels/cuda",
     "simulator",
     "runtime",
     "bindings",
@@ -47,6 +48,15 @@ COMPILE_FLAGS = (
     "-ffp-contract=off",  # products and sums are rounded one by one, so that all implementations agree bitwise
     "-Wall",
     "-Wextra",
+)
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+CUDA_COMPILE_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "--expt-relaxed-constexpr",  # csrc/proto is constexpr, for host and device alike
+    "-fmad=false",  # as -ffp-contract=off
+    "-Xcompiler=-Wall",
+    *(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in CUDA_ARCHITECTURES),
 )
 LINK_FLAGS = ("-shared", "-pthread", "-Wl,--as-needed", "-ldl", "-lrt")
 
@@ -78,6 +88,32 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler: install g++ 11 or newer (Debian/Ubuntu: apt-get install g++), or set CXX")
 
 
+def find_nvcc() -> Path | None:
+    """nvcc on PATH, of the usual toolkit, or of NVIDIA's Python packages."""
+    wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
+    candidates = [Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"), *wheels]
+    return next((path.resolve() for path in candidates if path.exists()), None)
+
+
+def asked_for_cuda() -> Path | None:
+    """The nvcc to build CUDA kernels with, where MOE_EFA_CUDA=1 asks for them."""
+    if os.environ.get("MOE_EFA_CUDA", "0") in ("", "0"):
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("MOE_EFA_CUDA=1, but no nvcc on PATH, in /usr/local/cuda or in NVIDIA's Python packages")
+    return nvcc
+
+
+def cuda_link_flags(nvcc: Path) -> list[str]:
+    """The static CUDA runtime, so that the extension also loads where there is none."""
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        library = nvcc.parents[1] / folder / "libcudart_static.a"
+        if library.exists():
+            return [str(library)]
+    raise BuildError(f"no libcudart_static.a below {nvcc.parents[1]}")
+
+
 def find_libfabric() -> Libfabric:
     """Asks the preprocessor for <rdma/fabric.h>, first in its own search path, then where the EFA installer puts it."""
     if os.environ.get("MOE_EFA_NO_LIBFABRIC", "0") not in ("", "0"):
@@ -94,7 +130,7 @@ def find_libfabric() -> Libfabric:
 
 
 def source_files(*, bindings: bool = True) -> list[Path]:
-    """The translation units of the library, relative to the root."""
+    """The translation units of the library for the C++ compiler, relative to the root."""
     folders = [folder for folder in SOURCE_FOLDERS if bindings or folder != "bindings"]
     return [path.relative_to(ROOT) for folder in folders for path in sorted((ROOT / "csrc" / folder).glob("*.cc"))]
 
@@ -136,7 +172,8 @@ class ObjectCompiler:
         target = self.folder / source.with_suffix(".o")
         # -MMD leaves system headers out: those of the isolated build environment move with every build.
         depends, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-        command = [*compiler(), *flags, "-Icsrc", "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(target)]
+        tool = [str(find_nvcc())] if source.suffix == ".cu" else compiler()
+        command = [*tool, *flags, "-Icsrc", "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(target)]
         signature = "\n".join([*_without_system_folders(command), sysconfig.get_python_version()])
         if self._up_to_date(target, depends, stamp, signature):
             return target
@@ -198,11 +235,20 @@ class BuildExtension(build_ext):
             binding_flags += ["-isystem", str(include)]
 
         sources = source_files()
+        nvcc = asked_for_cuda()
+        binding_flags.append(f"-DMOE_EFA_HAVE_CUDA={int(nvcc is not None)}")
         flags = {path: common + (binding_flags if path.parts[1] == "bindings" else []) for path in sources}
+        link_flags = list(LINK_FLAGS)
+        if nvcc is not None:
+            link_flags += cuda_link_flags(nvcc)
+            kernels = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
+            for path in (kernel.relative_to(ROOT) for kernel in kernels):
+                sources.append(path)
+                flags[path] = [*CUDA_COMPILE_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden"]
         objects = ObjectCompiler(ROOT / "build" / f"objects-{sysconfig.get_platform()}").compile(sources, flags)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([*compiler(), *map(str, objects), "-o", str(target), *LINK_FLAGS])
+        _run([*compiler(), *map(str, objects), "-o", str(target), *link_flags])
 
 
 def packages() -> tuple[list[str], dict[str, str]]:

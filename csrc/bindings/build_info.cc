@@ -6,6 +6,10 @@
 #include "transport/libfabric_loader.h"
 #include "transport/libfabric_rail.h"
 
+#ifndef MOE_EFA_HAVE_CUDA
+#define MOE_EFA_HAVE_CUDA 0
+#endif
+
 namespace moe_efa::bindings {
 
 namespace py = pybind11;
@@ -18,7 +22,7 @@ void bind_build_info(py::module_& module) {
         py::dict out;
         out["protocol_version"] = proto::kProtocolVersion;
         out["compiler"] = __VERSION__;
-        out["cuda"] = false;
+        out["cuda"] = MOE_EFA_HAVE_CUDA != 0;
         out["libfabric_built"] = info.built;
         out["libfabric_found"] = info.found;
         out["libfabric_path"] = info.path;

@@ -17,8 +17,8 @@ struct RingFacts {
   std::uint32_t rows_per_chunk = 0;
   std::uint32_t num_chunks = 0;
 
-  std::uint32_t first_row(std::uint32_t chunk) const { return chunk * rows_per_chunk; }
-  std::uint32_t rows_in(std::uint32_t chunk) const {
+  constexpr std::uint32_t first_row(std::uint32_t chunk) const { return chunk * rows_per_chunk; }
+  constexpr std::uint32_t rows_in(std::uint32_t chunk) const {
     std::uint32_t first = first_row(chunk);
     return rows - first < rows_per_chunk ? rows - first : rows_per_chunk;
   }
@@ -40,8 +40,8 @@ struct PullEntry {
   std::uint32_t row_and_topk;  // row within the chunk << 6 | top-k position
   std::uint32_t out_row;
 
-  std::uint32_t row() const { return row_and_topk >> kTopKBits; }
-  std::uint32_t topk_pos() const { return row_and_topk & ((1u << kTopKBits) - 1); }
+  constexpr std::uint32_t row() const { return row_and_topk >> kTopKBits; }
+  constexpr std::uint32_t topk_pos() const { return row_and_topk & ((1u << kTopKBits) - 1); }
 };
 static_assert(sizeof(PullEntry) == 8 && proto::kMaxTopK == 1u << PullEntry::kTopKBits);
 

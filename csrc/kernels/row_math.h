@@ -1,5 +1,6 @@
-// Arithmetic of rows, shared by every kernel: conversions and fixed-order sums. Products and sums are rounded to fp32
-// one by one (the build forbids contraction), so that every implementation agrees bitwise (DESIGN: numerics).
+// Arithmetic of rows, shared by every kernel on CPU and GPU: conversions, quantization and the terms of fixed-order
+// sums. Products and sums are rounded to fp32 one by one (the build forbids contraction), so that every implementation
+// agrees bitwise (DESIGN: numerics).
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,28 @@ MOE_EFA_HOST_DEVICE inline std::uint16_t float_to_bf16(float value) {
   std::uint32_t bits = float_to_bits(value);
   std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+MOE_EFA_HOST_DEVICE inline float widen(std::uint16_t value) { return bf16_to_float(value); }
+MOE_EFA_HOST_DEVICE inline float widen(float value) { return value; }
+MOE_EFA_HOST_DEVICE inline void narrow(std::uint16_t* to, float value) { *to = float_to_bf16(value); }
+MOE_EFA_HOST_DEVICE inline void narrow(float* to, float value) { *to = value; }
+
+// A product and a sum that no compiler fuses.
+MOE_EFA_HOST_DEVICE inline float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+MOE_EFA_HOST_DEVICE inline float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
 }
 
 // FP8, e4m3: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, the largest is 448, NaN is 0x7f and 0xff.
@@ -72,6 +95,11 @@ MOE_EFA_HOST_DEVICE inline float e4m3_to_float(std::uint8_t code) {
   return bits_to_float(static_cast<std::uint32_t>(bits) | (code & 0x80u) << 24);
 }
 
+// The bits of |value|, which order like magnitudes.
+MOE_EFA_HOST_DEVICE inline std::int32_t magnitude_bits(float value) {
+  return static_cast<std::int32_t>(float_to_bits(value) & 0x7fffffffu);
+}
+
 // The scale of a block whose largest magnitude has these bits: magnitudes order like their bits, and NaN is above
 // infinity. max(amax / 448, 2^-126), for ue8m0 the smallest power of two that is not below it; 1 for zeros, NaN where
 // something is not finite.
@@ -83,6 +111,13 @@ MOE_EFA_HOST_DEVICE inline float fp8_block_scale(std::int32_t amax_bits, proto::
   if (scale < kSmallestScale) scale = kSmallestScale;
   if (format == proto::Fp8Scale::kUe8m0) scale = (scale + 0x7fffffu) & 0x7f800000u;
   return bits_to_float(scale);
+}
+
+// A value of a block with this scale, in e4m3.
+MOE_EFA_HOST_DEVICE inline std::uint8_t quantize(float value, float scale) { return float_to_e4m3(value / scale); }
+
+MOE_EFA_HOST_DEVICE inline float dequantize(std::uint8_t code, float scale) {
+  return multiply(e4m3_to_float(code), scale);
 }
 
 }  // namespace moe_efa::kernels

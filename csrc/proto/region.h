@@ -182,8 +182,8 @@ struct NodeView {
   RegionLayout layout;
   std::byte* const* regions = nullptr;  // [node_size], indexed by local rank
 
-  std::byte* region(std::uint32_t local) const { return regions[local]; }
-  std::byte* own() const { return regions[topology.local_rank()]; }
+  constexpr std::byte* region(std::uint32_t local) const { return regions[local]; }
+  constexpr std::byte* own() const { return regions[topology.local_rank()]; }
   std::uint64_t* word(std::uint32_t local, std::uint64_t offset) const {
     return reinterpret_cast<std::uint64_t*>(regions[local] + offset);
   }

@@ -29,7 +29,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD_FOLDER = ROOT / "build" / "thread-tests"
 THREAD_SANITIZER = ["-fsanitize=thread"]
 # Everything that runs where ranks are threads, built without libfabric.
-THREAD_LIBRARY = re.compile(r"csrc/(engine|kernels/cpu|transport|runtime)/|csrc/simulator/(workload|reference)")
+THREAD_LIBRARY = re.compile(
+    r"csrc/(engine|kernels/cpu|kernels/cuda|transport|runtime)/|csrc/simulator/(workload|reference)"
+)
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
 # A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
 LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"

@@ -15,18 +15,13 @@ namespace {
 
 constexpr std::uint32_t kBlock = proto::kFp8BlockSize;
 
-inline float widen(std::uint16_t value) { return bf16_to_float(value); }
-inline float widen(float value) { return value; }
-inline void narrow(std::uint16_t* to, float value) { *to = float_to_bf16(value); }
-inline void narrow(float* to, float value) { *to = value; }
-
 template <typename In>
 inline __attribute__((always_inline)) void quantize_block(std::uint8_t* __restrict codes, std::byte* scale_to,
                                                           const In* __restrict src, std::uint32_t count,
                                                           Fp8Scale format) {
   std::int32_t amax = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
-    auto magnitude = static_cast<std::int32_t>(float_to_bits(widen(src[i])) & 0x7fffffffu);
+    std::int32_t magnitude = magnitude_bits(widen(src[i]));
     amax = magnitude > amax ? magnitude : amax;
   }
   float scale = fp8_block_scale(amax, format);
@@ -35,7 +30,7 @@ inline __attribute__((always_inline)) void quantize_block(std::uint8_t* __restri
     std::memset(codes, kE4m3Nan, count);
     return;
   }
-  for (std::uint32_t i = 0; i < count; ++i) codes[i] = float_to_e4m3(widen(src[i]) / scale);
+  for (std::uint32_t i = 0; i < count; ++i) codes[i] = quantize(widen(src[i]), scale);
 }
 
 template <typename In>
@@ -51,7 +46,7 @@ inline __attribute__((always_inline)) void quantize_blocks(std::uint8_t* codes, 
 template <typename Out>
 inline __attribute__((always_inline)) void dequantize_block(Out* __restrict dst, const std::uint8_t* __restrict codes,
                                                             float scale, std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) narrow(dst + i, e4m3_to_float(codes[i]) * scale);
+  for (std::uint32_t i = 0; i < count; ++i) narrow(dst + i, dequantize(codes[i], scale));
 }
 
 template <typename Out>
@@ -70,10 +65,7 @@ inline __attribute__((always_inline)) void dequantize_blocks(Out* dst, const std
 
 inline __attribute__((always_inline)) void add_block(float* __restrict sum, const std::uint8_t* __restrict codes,
                                                      float scale, std::uint32_t count) {
-  for (std::uint32_t i = 0; i < count; ++i) {
-    float term = e4m3_to_float(codes[i]) * scale;
-    sum[i] += term;
-  }
+  for (std::uint32_t i = 0; i < count; ++i) sum[i] = add(sum[i], dequantize(codes[i], scale));
 }
 
 MOE_EFA_CLONES void quantize_bf16(std::uint8_t* codes, std::byte* scales, const std::uint16_t* src, std::uint32_t count,

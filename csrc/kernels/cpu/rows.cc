@@ -18,11 +18,6 @@ constexpr std::uint32_t kBlock = 512;  // columns summed at a time: the accumula
 static_assert(kBlock % proto::kFp8BlockSize == 0);
 constexpr std::uint32_t kRowsPerPass = 4;  // rows that share one load and store of the accumulator
 
-inline float widen(std::uint16_t value) { return bf16_to_float(value); }
-inline float widen(float value) { return value; }
-inline void narrow(std::uint16_t* to, float value) { *to = float_to_bf16(value); }
-inline void narrow(float* to, float value) { *to = value; }
-
 // dst = ((sum + w0*r0) + w1*r1) + ...; without a sum when this is the first pass. A weight of 1 changes no bit.
 template <typename In, typename Out, std::uint32_t kRows, bool kFirst>
 inline __attribute__((always_inline)) void add_rows(Out* dst, const float* sum, const void* const* rows,
@@ -35,12 +30,11 @@ inline __attribute__((always_inline)) void add_rows(Out* dst, const float* sum, 
   }
 #pragma GCC ivdep
   for (std::uint32_t i = 0; i < count; ++i) {
-    float total = weight[0] * widen(row[0][i]);
-    if (!kFirst) total = sum[i] + total;
+    float total = multiply(weight[0], widen(row[0][i]));
+    if (!kFirst) total = add(sum[i], total);
 #pragma GCC unroll 4
     for (std::uint32_t k = 1; k < kRows; ++k) {
-      float product = weight[k] * widen(row[k][i]);
-      total += product;
+      total = add(total, multiply(weight[k], widen(row[k][i])));
     }
     narrow(dst + i, total);
   }

@@ -1,6 +1,7 @@
 // Ranks as threads of one process: the real driver threads, pumps, engines and calls, with callers that pack and pull
 // beside them, over rails within the process. Built with a thread sanitizer; every result is compared bit by bit.
-// Workloads and expected results are the simulator's.
+// Workloads and expected results are the simulator's. A rank's kernels are those of the CPU, or those of a GPU on
+// fibers.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sched.h>
@@ -13,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "device_calls.h"
 #include "inproc_rail.h"
 #include "kernels/cpu/combine_call.h"
 #include "kernels/cpu/dispatch_call.h"
@@ -36,6 +38,7 @@ constexpr std::uint64_t kAlign = 128;
 struct Options {
   bool reorder = false;
   std::size_t pool_threads = 1;
+  std::uint32_t device_ranks = 0;  // the first so many have CUDA kernels
 };
 
 struct Region {
@@ -96,6 +99,7 @@ class Rank {
     }
     transport::PumpConfig config;
     config.writes_per_step = stage.work.writes_per_step;
+    if (rank < options.device_ranks) device_ = std::make_unique<testing::DeviceCalls>(view_);
     pump_ = std::make_unique<transport::Pump>(engine_, view_, raw, descriptors_, config);
     driver_ = std::make_unique<runtime::Driver>(engine_, *pump_, rank % 2 == 0,
                                                 [this](const common::Status& status) { stage_.fail(status.message); });
@@ -141,6 +145,13 @@ class Rank {
     }
   }
 
+  testing::WaitFor waiter() {
+    return [this](const char* what, const std::function<bool()>& ready) {
+      wait(what, ready);
+      if (stage_.broken) throw std::runtime_error("another rank has failed");
+    };
+  }
+
   kernels::CallContext context() {
     return {view_, state_, stage_.work.num_nodes() > 1 ? &descriptors_ : nullptr, pool_, stage_.work.num_nics};
   }
@@ -163,22 +174,30 @@ class Rank {
     std::vector<std::byte> x = simulator::random_rows(work.seed, number, topology_.rank, routing.num_tokens,
                                                       work.layout.hidden_size, call.user_dtype);
     const proto::DType out_dtype = call.fp8_output ? proto::DType::kFp8 : call.user_dtype;
-    kernels::cpu::DispatchCall running(context(),
-                                       {x.data(), call.user_dtype, call.wire_dtype, out_dtype, plans_[call.plan]});
-    wait("sizes", [&] {
-      running.step();
-      return running.sizes_known();
-    });
-    if (stage_.broken) return;
-    const auto rows = static_cast<std::size_t>(plan.rows());
-    std::vector<std::byte> out(rows * work.layout.hidden_size * proto::dtype_bytes(out_dtype), std::byte{0xCD});
-    std::vector<float> weights(rows, -12345.0f);
-    std::vector<float> scales(call.fp8_output ? rows * proto::fp8_blocks(work.layout.hidden_size) : 0, -12345.0f);
-    running.set_output({out.data(), fresh ? weights.data() : nullptr, scales.data(), true});
-    wait("rows", [&] {
-      running.step();
-      return running.done();
-    });
+    const kernels::DispatchArgs args{x.data(), call.user_dtype, call.wire_dtype, out_dtype, plans_[call.plan]};
+    std::vector<std::byte> out;
+    std::vector<float> weights, scales;
+    auto make_output = [&](std::int64_t rows) {
+      out.assign(rows * work.layout.hidden_size * proto::dtype_bytes(out_dtype), std::byte{0xCD});
+      weights.assign(rows, -12345.0f);
+      scales.assign(call.fp8_output ? rows * proto::fp8_blocks(work.layout.hidden_size) : 0, -12345.0f);
+      return kernels::DispatchOutput{out.data(), fresh ? weights.data() : nullptr, scales.data(), true};
+    };
+    if (device_ != nullptr) {
+      device_->dispatch(context(), args, make_output, waiter());
+    } else {
+      kernels::cpu::DispatchCall running(context(), args);
+      wait("sizes", [&] {
+        running.step();
+        return running.sizes_known();
+      });
+      if (stage_.broken) return;
+      running.set_output(make_output(plan.rows()));
+      wait("rows", [&] {
+        running.step();
+        return running.done();
+      });
+    }
     if (stage_.broken) return;
     std::fill(x.begin(), x.end(), std::byte{0xEE});  // the user's again
     const Reference::Dispatched expected = stage_.reference.dispatched(number, topology_.rank);
@@ -204,11 +223,15 @@ class Rank {
     if (call.weight_grads) args.weight_grads = input.weight_grads.empty() ? &kNone : input.weight_grads.data();
     args.out = out.data();
     args.topk_weight_grads = call.weight_grads ? grads.data() : nullptr;
-    kernels::cpu::CombineCall running(context(), args);
-    wait("results", [&] {
-      running.step();
-      return running.done();
-    });
+    if (device_ != nullptr) {
+      device_->combine(context(), args, waiter());
+    } else {
+      kernels::cpu::CombineCall running(context(), args);
+      wait("results", [&] {
+        running.step();
+        return running.done();
+      });
+    }
     if (stage_.broken) return;
     std::fill(input.y.begin(), input.y.end(), std::byte{0xEE});
     const Reference::Combined expected = stage_.reference.combined(number, topology_.rank);
@@ -230,6 +253,7 @@ class Rank {
   std::vector<std::unique_ptr<transport::Rail>> rails_;
   std::unique_ptr<transport::Pump> pump_;
   std::unique_ptr<runtime::Driver> driver_;
+  std::unique_ptr<testing::DeviceCalls> device_;
   std::vector<std::shared_ptr<kernels::Plan>> plans_;
   std::uint64_t turns_ = 0;
 };
@@ -285,4 +309,13 @@ TEST_CASE("also where the kernels of a rank run on two threads") {
   options.reorder = true;
   options.pool_threads = 2;
   run_worlds(200, 4, options);
+}
+
+TEST_CASE("also where the kernels are those of a GPU, on some ranks or on all") {
+  Options options;
+  options.reorder = true;
+  options.device_ranks = 2;
+  run_worlds(300, 1, options);
+  options.device_ranks = 4;
+  run_worlds(400, 1, options);
 }

@@ -1,0 +1,25 @@
+#include "kernels/cuda/combine.h"
+
+#include "kernels/cuda/combine_body.h"
+#include "kernels/cuda/cuda_block.h"
+#include "kernels/cuda/cuda_launch.h"
+
+namespace moe_efa::kernels::cuda {
+
+namespace {
+
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    combine_kernel(const __grid_constant__ CombineArgs args, const __grid_constant__ CombineBlocks blocks) {
+  __shared__ CombineShared shared;
+  CudaBlock block;
+  combine_body(block, args, blocks, shared);
+}
+
+}  // namespace
+
+void launch_combine(const CombineArgs& args, const CombineBlocks& blocks, void* stream) {
+  launch_resident(combine_kernel, blocks.publish + blocks.forward + blocks.reduce, kCombineThreads, 0, stream, args,
+                  blocks);
+}
+
+}  // namespace moe_efa::kernels::cuda

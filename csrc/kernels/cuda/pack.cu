@@ -1,0 +1,24 @@
+#include "kernels/cuda/pack.h"
+
+#include "kernels/cuda/cuda_block.h"
+#include "kernels/cuda/cuda_launch.h"
+#include "kernels/cuda/pack_body.h"
+
+namespace moe_efa::kernels::cuda {
+
+namespace {
+
+__global__ void __launch_bounds__(kPackThreads, 1) pack_kernel(const __grid_constant__ PackArgs args) {
+  __shared__ Tickets shared;
+  CudaBlock block;
+  pack_body(block, args, gridDim.x, shared);
+}
+
+}  // namespace
+
+void launch_pack(const PackArgs& args, std::uint32_t num_blocks, void* stream) {
+  pack_kernel<<<num_blocks, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace moe_efa::kernels::cuda

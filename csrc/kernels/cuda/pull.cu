@@ -1,0 +1,31 @@
+#include "kernels/cuda/pull.h"
+
+#include "kernels/cuda/cuda_block.h"
+#include "kernels/cuda/cuda_launch.h"
+#include "kernels/cuda/pull_body.h"
+
+namespace moe_efa::kernels::cuda {
+
+namespace {
+
+__global__ void __launch_bounds__(kPullThreads, 1)
+    pull_kernel(const __grid_constant__ PullArgs args, const __grid_constant__ PackArgs rest,
+                std::uint32_t pack_blocks) {
+  __shared__ PullShared shared;
+  CudaBlock block;
+  if (blockIdx.x < pack_blocks) {
+    pack_body(block, rest, pack_blocks, shared.tickets);
+  } else {
+    pull_body(block, args, gridDim.x - pack_blocks, shared);
+  }
+}
+
+}  // namespace
+
+void launch_pull(const PullArgs& args, std::uint32_t num_blocks, const PackArgs* rest, std::uint32_t pack_blocks,
+                 void* stream) {
+  launch_resident(pull_kernel, num_blocks, kPullThreads, 0, stream, args, rest == nullptr ? PackArgs{} : *rest,
+                  rest == nullptr ? 0u : pack_blocks);
+}
+
+}  // namespace moe_efa::kernels::cuda
