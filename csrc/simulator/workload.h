@@ -39,10 +39,10 @@ struct Workload {
   std::vector<std::vector<Routing>> routings;         // [plan][rank]
   std::vector<std::vector<std::int64_t>> capacities;  // [plan][rank] of static mode; [plan] is empty for an exact plan
   bool own_alignments = false;                        // every rank pads its output in its own way
-  std::uint32_t calls_ahead = 1;                      // most calls that are started and not done, as of halves and waves
-  std::vector<double> pace;                           // [rank]: how often the scheduler picks it
-  double event_share = 0.5;                           // of the turns that let the network move
-  double pause_probability = 0;                       // of a rank sleeping between two calls
+  std::uint32_t calls_ahead = 1;  // most calls that are started and not done, as of halves and waves
+  std::vector<double> pace;       // [rank]: how often the scheduler picks it
+  double event_share = 0.5;       // of the turns that let the network move
+  double pause_probability = 0;   // of a rank sleeping between two calls
   double pause_ns = 0;
 
   std::uint32_t num_nodes() const { return num_ranks / node_size; }
