@@ -105,13 +105,22 @@ def asked_for_cuda() -> Path | None:
     return nvcc
 
 
+def cuda_toolkit(nvcc: Path) -> Path:
+    """Where nvcc takes its headers and libraries from: it may be a script elsewhere."""
+    command = [str(nvcc), "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    match = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
+    return Path(match[1]).resolve() if match else nvcc.parents[1]
+
+
 def cuda_link_flags(nvcc: Path) -> list[str]:
     """The static CUDA runtime, so that the extension also loads where there is none."""
+    toolkit = cuda_toolkit(nvcc)
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        library = nvcc.parents[1] / folder / "libcudart_static.a"
+        library = toolkit / folder / "libcudart_static.a"
         if library.exists():
             return [str(library)]
-    raise BuildError(f"no libcudart_static.a below {nvcc.parents[1]}")
+    raise BuildError(f"no libcudart_static.a below {toolkit}")
 
 
 def find_libfabric() -> Libfabric:

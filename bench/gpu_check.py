@@ -62,7 +62,7 @@ def build(setup: ModuleType, nvcc: Path) -> list[Path]:
         for folder in ("csrc/kernels/cpu", "csrc/kernels/cuda")
         for path in sorted((ROOT / folder).glob("*.cc"))
     ]
-    include = ["-isystem", str(nvcc.parents[1] / "include")]
+    include = ["-isystem", str(setup.cuda_toolkit(nvcc) / "include")]
     flags = {path: list(setup.CUDA_COMPILE_FLAGS) for path in kernels}
     flags |= dict.fromkeys(host, HOST_FLAGS)
     flags |= {path: [*HOST_FLAGS, "-DMOE_EFA_TEST_ON_GPU=1", *include] for path in TESTS}

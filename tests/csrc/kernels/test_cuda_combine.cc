@@ -124,7 +124,11 @@ struct Combining {
       std::uint64_t end = publish_seq[node] + facts.num_chunks;
       *one.view.word(1, one.view.layout.published(0, node)) = end;
       *one.view.word(1, one.view.layout.consumed(node)) = publish_seq[c.nodes + node] + 7;
-      one.free_slots(kPhase, node, end);
+      *one.view.own_word(one.view.layout.send_free(kPhase, node)) = end;
+    }
+    std::uint32_t own_node = one.view.topology.node();
+    if (c.nodes > 1) {
+      *one.view.own_word(one.view.layout.released(kPhase, own_node, 0)) = publish_seq[own_node];
     }
   }
 

@@ -286,6 +286,11 @@ TEST_CASE("pull-refuses-metadata-out-of-bounds") {
   refused(kMeta + 4, ~0u, What::kRowEntries);
   refused(kMeta + 4, first.num_entries == 1 ? 2u : first.num_entries - 1,
           first.num_entries == 1 ? What::kRowEntries : What::kLeftOver);
+  std::size_t last = kMeta + (pulling.plan.rings[4].rows_in(0) - 1) * sizeof(proto::RowMeta);
+  proto::RowMeta last_row;
+  std::memcpy(&last_row, pulling.slot() + last, sizeof(last_row));
+  REQUIRE(last_row.num_entries < 4);
+  refused(last + 4, last_row.num_entries + 1, What::kRowEntries);
   refused(entries + offsetof(proto::RowEntry, expert), std::uint16_t{6}, What::kEntry);
   refused(entries + offsetof(proto::RowEntry, topk_pos), std::uint16_t{4}, What::kEntry);
   std::size_t own = entries;  // the first entry for an own expert

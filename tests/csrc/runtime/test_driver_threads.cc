@@ -39,6 +39,7 @@ struct Options {
   bool reorder = false;
   std::size_t pool_threads = 1;
   std::uint32_t device_ranks = 0;  // the first so many have CUDA kernels
+  bool one_node = false;           // instead of several
 };
 
 struct Region {
@@ -279,12 +280,12 @@ std::string run_world(const Workload& work, const Options& options) {
   return stage.text;
 }
 
-// The first `count` workloads of four ranks with at least two nodes.
+// The first `count` workloads of four ranks with at least two nodes, or with one.
 void run_worlds(std::uint64_t first_seed, int count, const Options& options) {
   std::uint32_t calls = 0;
   for (std::uint64_t seed = first_seed; count > 0; ++seed) {
     const Workload work = simulator::make_workload(seed, 4);
-    if (work.num_nodes() == 1 || work.script.size() > 30) continue;
+    if ((work.num_nodes() == 1) != options.one_node || work.script.size() > 30) continue;
     --count;
     calls += static_cast<std::uint32_t>(work.script.size());
     CAPTURE(seed);
@@ -318,4 +319,6 @@ TEST_CASE("also where the kernels are those of a GPU, on some ranks or on all") 
   run_worlds(300, 1, options);
   options.device_ranks = 4;
   run_worlds(400, 1, options);
+  options.one_node = true;  // of four: the order of ranks shows
+  run_worlds(596, 1, options);
 }
