@@ -304,8 +304,8 @@ class ExpertParallel:
         if waves is None:
             num_nodes = self.num_ranks // self.node_size
             waves = 1 if num_nodes == 1 else overlap.default_waves(self.config, num_nodes=num_nodes, dtype=dtype)
-        elif isinstance(waves, bool) or not isinstance(waves, int) or waves < 1:
-            raise ValueError(f"waves must be a positive integer, not {waves!r}")
+        else:
+            _check_waves(waves)
         return 1 if ops.is_watched() else waves
 
     def moe_waves(
@@ -339,10 +339,14 @@ class ExpertParallel:
         """
         self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same", None)
         _check_not_compiling("moe_waves")
+        _check_waves(waves)
 
         def results(received: ops.Dispatched, num_tokens: int) -> Tensor:
             handle = self._make_handle(received, num_tokens, expert_alignment, None)
-            return ops.tie(compute(_result(received.rows, handle)).contiguous(), received.rows)
+            y = compute(_result(received.rows, handle))
+            if not isinstance(y, Tensor):
+                raise ValueError(f"compute must return a tensor [rows, H], not {type(y).__name__}")
+            return ops.tie(y.contiguous(), received.rows)
 
         return overlap.moe(
             x,
@@ -514,6 +518,11 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} is on {tensor.device}; this version works on CPU tensors")
     if tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous (strides are {_strides(tensor)}); call .contiguous()")
+
+
+def _check_waves(waves: int) -> None:
+    if isinstance(waves, bool) or not isinstance(waves, int) or waves < 1:
+        raise ValueError(f"waves must be a positive integer, not {waves!r}")
 
 
 def _check_not_compiling(name: str) -> None:

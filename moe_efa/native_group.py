@@ -86,7 +86,7 @@ class NativeGroup:
             expert_alignment=expert_alignment,
             capacity=capacity,
         )
-        plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True)
+        plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True, capacity=capacity)
         return plan, rows, weights
 
     def dispatch_fp8(
@@ -106,7 +106,7 @@ class NativeGroup:
             capacity=capacity,
             fp8_output=True,
         )
-        plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True)
+        plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True, capacity=capacity)
         assert scales is not None
         return plan, rows, scales, weights
 
@@ -347,19 +347,25 @@ class NativeGroup:
         return native
 
     def _dispatch(
-        self, args: _C.DispatchArgs, dtype: torch.dtype, *, with_weights: bool
+        self, args: _C.DispatchArgs, dtype: torch.dtype, *, with_weights: bool, capacity: int | None = None
     ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
-        """(plan, rows in dtype, scales if that is e4m3, weights)."""
+        """(plan, rows in dtype, scales if that is e4m3, weights). A capacity that is too much memory sends nothing."""
+        hidden_size = self.config.hidden_size
+
+        def memory(num_rows: int) -> tuple[Tensor, Tensor | None, Tensor]:
+            rows = host_memory.empty(num_rows, hidden_size, dtype=dtype)
+            scales = None
+            if dtype == torch.float8_e4m3fn:
+                scales = torch.empty(num_rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
+            return rows, scales, torch.empty(num_rows if with_weights else 0, dtype=torch.float32)
+
         with self._call():
+            results = None if capacity is None else memory(capacity)
             begun = False
             try:
                 plan = self._native.dispatch_begin(args)
                 begun = True
-                rows = host_memory.empty(plan.rows, self.config.hidden_size, dtype=dtype)
-                scales = None
-                if dtype == torch.float8_e4m3fn:
-                    scales = torch.empty(plan.rows, -(-self.config.hidden_size // BLOCK_SIZE), dtype=torch.float32)
-                weights = torch.empty(plan.rows if with_weights else 0, dtype=torch.float32)
+                rows, scales, weights = results or memory(plan.rows)
                 self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0, _pointer(scales))
             except BaseException as error:
                 if isinstance(error, TransportError) or (isinstance(error, ValueError) and not begun):

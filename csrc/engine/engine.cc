@@ -134,10 +134,19 @@ int Engine::pick_nic() const {
   for (std::size_t nic = 0; nic < nics_.size(); ++nic) {
     // Whoever completes a little sooner would get more and more; whoever is slow falls behind by more than a chunk.
     if (!has_room(nics_[nic]) || nics_[nic].queued_bytes > shortest + largest_chunk_bytes_) continue;
-    auto load = [this](std::size_t i) { return std::pair(stats_.nics[i].bytes, nics_[i].queued_bytes); };
+    auto load = [this](std::size_t i) { return std::pair(nics_[i].share, nics_[i].queued_bytes); };
     if (best < 0 || load(nic) < load(best)) best = static_cast<int>(nic);
   }
   return best;
+}
+
+// A NIC that stood still for long would otherwise get every write afterwards, while others have nothing to do.
+void Engine::count_share(Nic& nic, std::uint64_t bytes) {
+  nic.share += bytes;
+  std::uint64_t most_behind = 4 * largest_chunk_bytes_;
+  for (Nic& other : nics_) {
+    if (other.share + most_behind < nic.share) other.share = nic.share - most_behind;
+  }
 }
 
 Write Engine::make_write(const Pending& pending, std::uint32_t nic) {
@@ -204,6 +213,7 @@ void Engine::on_posted(const Write& write) {
   stats_.bytes += write.bytes;
   ++stats_.nics[write.nic].writes;
   stats_.nics[write.nic].bytes += write.bytes;
+  count_share(nics_[write.nic], write.bytes);
   stats_.wire_bytes[index(phase)] += write.bytes;
   switch (kind) {
     case WriteKind::kCredit: {

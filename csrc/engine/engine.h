@@ -138,6 +138,7 @@ class Engine {
   struct Nic {
     std::uint32_t outstanding = 0;
     std::uint64_t queued_bytes = 0;
+    std::uint64_t share = 0;           // bytes so far; one that fell far behind is forgiven the rest
     std::deque<std::uint32_t> hellos;  // nodes to greet on this NIC: each has connections of its own
     bool stalled = false;
   };
@@ -155,6 +156,7 @@ class Engine {
   Write make_write(const Pending& pending, std::uint32_t nic);
   bool has_room(const Nic& nic) const { return !nic.stalled && nic.outstanding < max_writes_per_nic_; }
   int pick_nic() const;
+  void count_share(Nic& nic, std::uint64_t bytes);
   void protocol_error(std::uint32_t node, proto::Phase phase, std::int64_t epoch, std::int64_t chunk,
                       const std::string& text);
   std::uint64_t make_id(WriteKind kind, proto::Phase phase, std::uint32_t node, std::uint32_t nic,

@@ -10,32 +10,40 @@ StartedDispatch::StartedDispatch(const kernels::CallContext& context, const kern
       pool_(std::move(pool)),
       cache_share_bytes_(cache_share_bytes),
       replay_(args.plan->complete),
-      call_(context, args) {
-  results_.plan = args.plan;
+      results_(results_of(args.plan)),
+      call_(context, args) {}
+
+DispatchBuffers StartedDispatch::results_of(const std::shared_ptr<kernels::Plan>& plan) const {
+  DispatchBuffers results;
+  results.plan = plan;
+  if (!replay_ && plan->is_static()) allocate(results);
+  return results;
 }
 
-void StartedDispatch::allocate() {
-  auto rows = static_cast<std::size_t>(results_.plan->rows());
-  std::size_t bytes = rows * hidden_size_ * proto::dtype_bytes(out_dtype_);
-  results_.x = std::make_shared<HostBuffer>(pool_, bytes);
-  kernels::DispatchOutput output{results_.x->data()};
-  if (!replay_) {
-    results_.weights = std::make_shared<HostBuffer>(pool_, rows * sizeof(float));
-    output.weights = static_cast<float*>(results_.weights->data());
-  }
+void StartedDispatch::allocate(DispatchBuffers& results) const {
+  auto rows = static_cast<std::size_t>(results.plan->rows());
+  results.x = std::make_shared<HostBuffer>(pool_, rows * hidden_size_ * proto::dtype_bytes(out_dtype_));
+  if (!replay_) results.weights = std::make_shared<HostBuffer>(pool_, rows * sizeof(float));
   if (out_dtype_ == proto::DType::kFp8) {
-    results_.scales = std::make_shared<HostBuffer>(pool_, rows * proto::fp8_blocks(hidden_size_) * sizeof(float));
-    output.scales = static_cast<float*>(results_.scales->data());
+    results.scales = std::make_shared<HostBuffer>(pool_, rows * proto::fp8_blocks(hidden_size_) * sizeof(float));
   }
-  output.stream = bytes > cache_share_bytes_;
+}
+
+void StartedDispatch::set_output() {
+  if (!results_.x) allocate(results_);
+  kernels::DispatchOutput output{results_.x->data()};
+  if (results_.weights) output.weights = static_cast<float*>(results_.weights->data());
+  if (results_.scales) output.scales = static_cast<float*>(results_.scales->data());
+  std::uint64_t row_bytes = std::uint64_t{hidden_size_} * proto::dtype_bytes(out_dtype_);
+  output.stream = static_cast<std::uint64_t>(results_.plan->rows()) * row_bytes > cache_share_bytes_;
   call_.set_output(output);
 }
 
 bool StartedDispatch::step() {
   bool moved = call_.step();
-  if (call_.sizes_known() && !allocated_) {
-    allocated_ = moved = true;
-    allocate();
+  if (call_.sizes_known() && !output_set_) {
+    output_set_ = moved = true;
+    set_output();
   }
   if (call_.done()) set_done();
   return moved;

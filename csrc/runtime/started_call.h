@@ -52,7 +52,8 @@ struct DispatchBuffers {
 
 class StartedDispatch final : public StartedCall {
  public:
-  // Takes memory for its results from `pool` when their size is known.
+  // Takes memory for its results from `pool` when their size is known: with a capacity at once, before anything is
+  // announced.
   StartedDispatch(const kernels::CallContext& context, const kernels::DispatchArgs& args,
                   std::shared_ptr<HostPool> pool, std::uint64_t cache_share_bytes);
 
@@ -62,13 +63,15 @@ class StartedDispatch final : public StartedCall {
   DispatchBuffers take_results() { return std::move(results_); }  // once, when done
 
  private:
-  void allocate();
+  DispatchBuffers results_of(const std::shared_ptr<kernels::Plan>& plan) const;
+  void allocate(DispatchBuffers& results) const;
+  void set_output();
 
   std::uint32_t hidden_size_;
   proto::DType out_dtype_;
   std::shared_ptr<HostPool> pool_;
   std::uint64_t cache_share_bytes_;
-  bool replay_, allocated_ = false;
+  bool replay_, output_set_ = false;
   DispatchBuffers results_;
   kernels::cpu::DispatchCall call_;
 };

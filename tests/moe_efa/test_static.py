@@ -6,6 +6,7 @@ Between ranks: tests/integration/test_dispatch_combine.py and test_properties.py
 from __future__ import annotations
 
 import copy
+import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,6 +214,23 @@ def test_bad_capacities_are_refused(ep: ExpertParallel) -> None:
         torch.ops.moe_efa.dispatch(x, topk_idx, topk_weights, ep._group, 1, "same", -3)
     with pytest.raises(ValueError, match="y has 5 rows, but the handle's dispatch gave 4"):
         ep.combine(torch.zeros(5, HIDDEN), d.handle)
+
+
+def test_a_capacity_that_is_too_much_memory_sends_nothing(
+    ep: ExpertParallel,
+) -> None:
+    inputs = make_inputs(grad=False)
+    before = ep.stats()["dispatch"]["calls"]
+    for call in (ep.dispatch, ep.dispatch_start):
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (2**36, hard))  # whatever this machine would promise
+        try:
+            with pytest.raises(MemoryError):
+                call(*inputs, capacity=2**31 - 1)  # type: ignore[operator]
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert ep.stats()["dispatch"]["calls"] == before
+    assert ep.dispatch(*inputs, capacity=4).x.shape == (4, HIDDEN)  # the group goes on
 
 
 # Graphs

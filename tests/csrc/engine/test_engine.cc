@@ -541,6 +541,37 @@ TEST_CASE("a-nic-that-completes-sooner-gets-no-more-until-the-other-is-a-chunk-b
   CHECK(taken == std::vector<std::uint32_t>{1, 0, 1, 0, 0, 0});
 }
 
+TEST_CASE("a-nic-that-stood-still-for-long-does-not-get-everything-afterwards") {
+  Bench bench(2, 64, 2);
+  auto largest = static_cast<std::uint32_t>(
+      std::max(bench.layout.slot_bytes(kDispatch), bench.layout.slot_bytes(Phase::kCombine)));
+  bench.begin(0, {64});
+  for (const Write& write : bench.post_all()) bench.done(write);
+  std::vector<Write> held;
+  for (int i = 0; i < 32; ++i) {
+    bench.chunk(1, largest);
+    for (const Write& write : bench.post_all()) {
+      if (write.nic == 1) {
+        held.push_back(write);
+      } else {
+        bench.done(write);
+      }
+    }
+  }
+  CHECK(held.size() == 2);
+  for (const Write& write : held) bench.done(write);
+  // Rounds of four small chunks: any NIC's queue has room for all of them.
+  std::size_t on_nic_1 = 0;
+  for (int round = 0; round < 8; ++round) {
+    for (int i = 0; i < 4; ++i) bench.chunk(1, largest / 4);
+    std::vector<Write> writes = bench.post_all();
+    on_nic_1 = static_cast<std::size_t>(
+        std::count_if(writes.begin(), writes.end(), [](const Write& write) { return write.nic == 1; }));
+    for (const Write& write : writes) bench.done(write);
+  }
+  CHECK(on_nic_1 == 2);
+}
+
 TEST_CASE("outstanding-writes-per-nic-are-bounded") {
   Bench bench(2, 8, 2, 2);
   bench.begin(0, {8});
