@@ -18,6 +18,7 @@ from moe_efa.late_gradients import LateGradients
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 1  # offsets are int32
+_LEAST_MOST_WAVES = 64  # may always be asked for, however few tokens there are
 
 
 class ExpertParallel:
@@ -274,9 +275,9 @@ class ExpertParallel:
             x, topk_idx, topk_weights, expert_alignment: as in :meth:`dispatch`.
             experts: ``experts(rows, offsets) -> rows`` with rows [rows, H] and offsets [E_local + 1] int32 (see
                 :class:`DispatchResult`). It must act row by row, accept zero rows, and is called once per wave.
-            waves: how many; equal on all ranks. None takes 1 where there is one node, and otherwise as many, up to 8,
-                as leave a full wave of a rank 4 MiB to send, at ``max_tokens_per_rank`` tokens that go to
-                ``min(top_k, nodes - 1)`` nodes each.
+            waves: how many; equal on all ranks, at most ``max_tokens_per_rank`` or 64. None takes 1 where there is one
+                node, and otherwise as many, up to 8, as leave a full wave of a rank 4 MiB to send, at
+                ``max_tokens_per_rank`` tokens that go to ``min(top_k, nodes - 1)`` nodes each.
 
         Returns:
             [T, H] in the dtype of the experts' result.
@@ -305,7 +306,7 @@ class ExpertParallel:
             num_nodes = self.num_ranks // self.node_size
             waves = 1 if num_nodes == 1 else overlap.default_waves(self.config, num_nodes=num_nodes, dtype=dtype)
         else:
-            _check_waves(waves)
+            _check_waves(waves, self.config.max_tokens_per_rank)
         return 1 if ops.is_watched() else waves
 
     def moe_waves(
@@ -339,7 +340,7 @@ class ExpertParallel:
         """
         self._check_dispatch(x, topk_idx, topk_weights, None, expert_alignment, "same", None)
         _check_not_compiling("moe_waves")
-        _check_waves(waves)
+        _check_waves(waves, self.config.max_tokens_per_rank)
 
         def results(received: ops.Dispatched, num_tokens: int) -> Tensor:
             handle = self._make_handle(received, num_tokens, expert_alignment, None)
@@ -520,9 +521,14 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise ValueError(f"{name} must be contiguous (strides are {_strides(tensor)}); call .contiguous()")
 
 
-def _check_waves(waves: int) -> None:
+def _check_waves(waves: int, max_tokens_per_rank: int) -> None:
     if isinstance(waves, bool) or not isinstance(waves, int) or waves < 1:
         raise ValueError(f"waves must be a positive integer, not {waves!r}")
+    most = max(_LEAST_MOST_WAVES, max_tokens_per_rank)
+    if waves > most:
+        raise ValueError(
+            f"waves={waves} is more than {most}: a rank has at most {max_tokens_per_rank} tokens to divide"
+        )
 
 
 def _check_not_compiling(name: str) -> None:

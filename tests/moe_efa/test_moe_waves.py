@@ -17,6 +17,8 @@ def test_bad_waves_and_results_are_refused() -> None:
         for waves in (0, -1, True, 2.0, None):
             with pytest.raises(ValueError, match="waves must be a positive integer, not"):
                 ep.moe_waves(x, topk_idx, topk_weights, lambda d: d.x, waves=waves)
+        with pytest.raises(ValueError, match="waves=65 is more than 64"):
+            ep.moe(x, topk_idx, topk_weights, lambda rows, offsets: rows, waves=65)
         assert ep.stats()["dispatch"]["calls"] == 0
         nothing: Any = None
         with pytest.raises(ValueError, match="not NoneType"):
