@@ -167,9 +167,12 @@ class Rank {
     const simulator::Routing& routing = work.routing(call, topology_.rank);
     const bool fresh = call.kind == ScriptCall::Kind::kDispatch;
     if (fresh) {
-      plans_.push_back(kernels::cpu::build_send_plan({routing.topk_idx.data(), routing.topk_weights.data(),
-                                                      routing.num_tokens, work.expert_alignment, work.num_nics},
-                                                     view_));
+      const std::int64_t capacity =
+          work.is_static(call.plan) ? work.capacities[call.plan][topology_.rank] : kernels::Plan::kExact;
+      plans_.push_back(
+          kernels::cpu::build_send_plan({routing.topk_idx.data(), routing.topk_weights.data(), routing.num_tokens,
+                                         work.alignment(topology_.rank), work.num_nics, capacity},
+                                        view_));
     }
     const kernels::Plan& plan = *plans_[call.plan];
     std::vector<std::byte> x = simulator::random_rows(work.seed, number, topology_.rank, routing.num_tokens,
@@ -237,6 +240,10 @@ class Rank {
     std::fill(input.y.begin(), input.y.end(), std::byte{0xEE});
     const Reference::Combined expected = stage_.reference.combined(number, topology_.rank);
     require(out == expected.out, number, "combined rows");
+    if (work.is_static(call.plan)) {
+      const std::int64_t overflow = stage_.reference.rows(call.plan, topology_.rank).overflow;
+      require(*plans_[call.plan]->overflow == overflow, number, "required capacities");
+    }
     if (call.weight_grads) require(same_bits(grads, expected.topk_weight_grads), number, "gradients of the weights");
   }
 
