@@ -32,7 +32,7 @@ class ShapedConfig:
     rates: tuple[float, ...] = (1.0, 5.0, 10.0)
     mtu: int = 1500
     tcp: str = "cubic"
-    tokens: int = 2048
+    tokens: int = 1024
     hidden: int = 4096
     topk: int = 8
     experts: int = 64

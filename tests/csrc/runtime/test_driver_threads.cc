@@ -287,12 +287,19 @@ std::string run_world(const Workload& work, const Options& options) {
   return stage.text;
 }
 
+// Device kernels know no capacities yet.
+bool fits(const Workload& work, const Options& options) {
+  if ((work.num_nodes() == 1) != options.one_node || work.script.size() > 30) return false;
+  const auto is_exact = [](const auto& capacities) { return capacities.empty(); };
+  return options.device_ranks == 0 || std::all_of(work.capacities.begin(), work.capacities.end(), is_exact);
+}
+
 // The first `count` workloads of four ranks with at least two nodes, or with one.
 void run_worlds(std::uint64_t first_seed, int count, const Options& options) {
   std::uint32_t calls = 0;
   for (std::uint64_t seed = first_seed; count > 0; ++seed) {
     const Workload work = simulator::make_workload(seed, 4);
-    if ((work.num_nodes() == 1) != options.one_node || work.script.size() > 30) continue;
+    if (!fits(work, options)) continue;
     --count;
     calls += static_cast<std::uint32_t>(work.script.size());
     CAPTURE(seed);
