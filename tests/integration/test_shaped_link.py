@@ -19,7 +19,10 @@ from moe_efa.bench.shaped.options import QUICK
 
 HAS_LIBFABRIC = _C.build_info(**libfabric.search_path())["libfabric_found"]
 PROBLEM = missing() if sys.platform == "linux" else "network namespaces are Linux's"
-pytestmark = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM or "there is a network")
+pytestmark = [
+    pytest.mark.alone,  # TCP repeats what a busy host is late to acknowledge, and its bytes are counted
+    pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM or "there is a network"),
+]
 needs_libfabric = pytest.mark.skipif(not HAS_LIBFABRIC, reason="no libfabric on this host")
 
 HOLD = """
@@ -108,15 +111,15 @@ def test_quick_run_counts_the_bytes_of_its_routing_and_leaves_nothing(repo_root,
     # The interfaces counted at least that, so these bytes did cross the link.
     sent = sum(rate["wire"][phase]["bytes"] for phase in ("dispatch", "combine"))
     link = rate["link_bytes_per_round"]
-    assert sent < link["moe_efa"] < 3 * sent  # TCP repeats itself on a busy host
+    assert sent < link["moe_efa"] < 2 * sent
     assert link["sockets"] > 0.98 * sent
     per_expert = 2 * rows["per_expert"] // 2 * hidden * 2
-    assert 0.9 * per_expert < link["torch_per_expert"] < 3 * per_expert
+    assert 0.9 * per_expert < link["torch_per_expert"] < 1.5 * per_expert
     assert rate["ratios"]["torch_per_expert"]["row_bytes"] == pytest.approx(rows["per_expert"] / rows["per_node"])
     overlap = rate["overlap"]
     assert overlap["available"] or "waves" in overlap["reason"]
     if overlap["available"]:
-        assert overlap["wait"]["together_us"] >= 0.5 * overlap["wait"]["compute_us"]
+        assert overlap["wait"]["together_us"] >= 0.99 * overlap["wait"]["compute_us"]
     assert {bar["least"] for bar in result["bars"]} == {0.9, 1.8, 0.8, 3.4}
 
 
