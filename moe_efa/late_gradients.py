@@ -49,16 +49,25 @@ class Queue:
         self._passes[current].queued.append(parts)
 
     def run_while(self, waiting: Callable[[], bool]) -> None:
-        """In a backward: run what is queued, one part after the other, as long as there is any and ``waiting()``."""
+        """In a backward: run what is queued, one part after the other, as long as there is any and ``waiting()``.
+
+        What fails is raised by :meth:`take_sums`: ranks run different numbers of parts here, and an error must not
+        make them issue different calls.
+        """
         found = self._passes.get(torch._C._current_graph_task_id())
-        while found is not None and found.queued and waiting():
-            found.run_next(self.dtypes)
+        while found is not None and found.queued and found.error is None and waiting():
+            try:
+                found.run_next(self.dtypes)
+            except Exception as error:
+                found.error = error
 
     def take_sums(self) -> list[Tensor | None]:
-        """Run what is left. The sums, in the weights' dtypes."""
+        """Run what is left. The sums, in the weights' dtypes. Raises what a part raised."""
         found = self._passes.pop(torch._C._current_graph_task_id(), None)
         if found is None:
             return [None] * len(self.dtypes)
+        if found.error is not None:
+            raise found.error
         while found.queued:
             found.run_next(self.dtypes)
         return found.sums
@@ -68,6 +77,7 @@ class _Pass:
     def __init__(self, num_weights: int) -> None:
         self.queued: collections.deque[Parts] = collections.deque()
         self.sums: list[Tensor | None] = [None] * num_weights
+        self.error: Exception | None = None
 
     def run_next(self, dtypes: list[torch.dtype]) -> None:
         parts = self.queued.popleft()()
