@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_tensor
-from .numerics import rounded
+from .numerics import block_places, rounded
 from .reference import BLOCK_SIZE
 
 # 16 elements a thread: one 16-byte load of FP8, two 16-byte stores of bf16.
@@ -26,17 +26,9 @@ def dequantize_1x128_kernel(  # type: ignore[no-untyped-def]
     blocks_per_program: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    blocks_per_row: tl.constexpr = (hidden_size + block_size - 1) // block_size
     block_idx = tl.program_id(0).to(tl.int64) * blocks_per_program + tl.arange(0, blocks_per_program)
-    lane = tl.arange(0, block_size)
     in_range = block_idx < num_blocks
-    if hidden_size % block_size == 0:
-        offsets = block_idx[:, None] * block_size + lane[None, :]
-        mask = tl.broadcast_to(in_range[:, None], (blocks_per_program, block_size))
-    else:
-        start = block_idx % blocks_per_row * block_size
-        offsets = (block_idx // blocks_per_row * hidden_size + start)[:, None] + lane[None, :]
-        mask = in_range[:, None] & (start[:, None] + lane[None, :] < hidden_size)
+    offsets, mask = block_places(block_idx, in_range, hidden_size, block_size)
     q = tl.load(q_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     scales = tl.load(scales_ptr + block_idx, mask=in_range, other=0.0)
     tl.store(x_ptr + offsets, rounded(q * scales[:, None], x_ptr.dtype.element_ty), mask=mask)

@@ -15,6 +15,21 @@ _MIN_SCALE = tl.constexpr(MIN_SCALE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def block_places(block_idx, in_range, hidden_size: tl.constexpr, block_size: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of blocks of dense rows, by number: [blocks, 128] offsets of their elements, and which there are."""
+    lane = tl.arange(0, block_size)
+    if hidden_size % block_size == 0:
+        offsets = block_idx[:, None] * block_size + lane[None, :]
+        mask = tl.broadcast_to(in_range[:, None], offsets.shape)
+    else:
+        blocks_per_row: tl.constexpr = (hidden_size + block_size - 1) // block_size
+        start = block_idx % blocks_per_row * block_size
+        offsets = (block_idx // blocks_per_row * hidden_size + start)[:, None] + lane[None, :]
+        mask = in_range[:, None] & (start[:, None] + lane[None, :] < hidden_size)
+    return offsets, mask
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def quantize_blocks(x, power_of_two: tl.constexpr):  # type: ignore[no-untyped-def]
     """[blocks, 128] fp32 -> the same as e4m3, and the scale of each block."""
     # Magnitudes are compared as integers, which order like the numbers and put NaN above infinity.

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .checks import ASSERTING, FLOATS, check_devices, check_tensor
 from .reference import RowPlan
-from .rows import check_plan, check_row_floats, column_blocks, padding_programs, padding_rows, resolve_num_rows
+from .rows import (
+    check_plan,
+    check_row_floats,
+    column_blocks,
+    padding_programs,
+    padding_rows,
+    resolve_num_rows,
+    store_row_weights,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,10 +49,7 @@ def permute_kernel(  # type: ignore[no-untyped-def]
             tl.store(rows_ptr + row * hidden_size + column, x, mask=column < width)
         if topk_weights_ptr is not None:  # noqa: SIM102  # constexpr, unlike the next
             if tl.program_id(1) == 0:
-                topk_pos = tl.arange(0, padded_top_k)
-                rows = tl.load(positions_ptr + token * top_k + topk_pos, mask=topk_pos < top_k, other=-1)
-                weights = tl.load(topk_weights_ptr + token * top_k + topk_pos, mask=rows >= 0)
-                tl.store(weights_ptr + rows, weights, mask=rows >= 0)
+                store_row_weights(token, topk_weights_ptr, positions_ptr, weights_ptr, top_k, padded_top_k)
     else:
         first, stop, step = padding_rows(
             program - num_tokens, offsets_ptr, tokens_per_expert_ptr, num_rows, num_experts, tail_programs

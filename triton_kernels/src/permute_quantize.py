@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import ASSERTING, FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
 from .numerics import quantize_blocks
 from .reference import BLOCK_SIZE, QuantizedRows, RowPlan
-from .rows import check_plan, check_row_floats, padding_programs, padding_rows, resolve_num_rows
+from .rows import check_plan, check_row_floats, padding_programs, padding_rows, resolve_num_rows, store_row_weights
 
 # 16 elements a thread: two 16-byte loads of bf16, one 16-byte store of FP8.
 BLOCKS_PER_PROGRAM = 8
@@ -53,10 +53,7 @@ def permute_quantize_kernel(  # type: ignore[no-untyped-def]
             tl.store(scales_ptr + row * blocks_per_row + block_idx, scales, mask=block_idx < num_scales)
         if topk_weights_ptr is not None:  # noqa: SIM102  # constexpr, unlike the next
             if tl.program_id(1) == 0:
-                topk_pos = tl.arange(0, padded_top_k)
-                rows = tl.load(positions_ptr + token * top_k + topk_pos, mask=topk_pos < top_k, other=-1)
-                weights = tl.load(topk_weights_ptr + token * top_k + topk_pos, mask=rows >= 0)
-                tl.store(weights_ptr + rows, weights, mask=rows >= 0)
+                store_row_weights(token, topk_weights_ptr, positions_ptr, weights_ptr, top_k, padded_top_k)
     else:
         first, stop, step = padding_rows(
             program - num_tokens, offsets_ptr, tokens_per_expert_ptr, num_rows, num_experts, tail_programs

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
-from .numerics import quantize_blocks
+from .numerics import block_places, quantize_blocks
 from .reference import BLOCK_SIZE
 
 # 16 elements a thread: two 16-byte loads of bf16, one 16-byte store of FP8.
@@ -30,17 +30,9 @@ def quantize_1x128_kernel(  # type: ignore[no-untyped-def]
     blocks_per_program: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    blocks_per_row: tl.constexpr = (hidden_size + block_size - 1) // block_size
     block_idx = tl.program_id(0).to(tl.int64) * blocks_per_program + tl.arange(0, blocks_per_program)
-    lane = tl.arange(0, block_size)
     in_range = block_idx < num_blocks
-    if hidden_size % block_size == 0:
-        offsets = block_idx[:, None] * block_size + lane[None, :]
-        mask = tl.broadcast_to(in_range[:, None], (blocks_per_program, block_size))
-    else:
-        start = block_idx % blocks_per_row * block_size
-        offsets = (block_idx // blocks_per_row * hidden_size + start)[:, None] + lane[None, :]
-        mask = in_range[:, None] & (start[:, None] + lane[None, :] < hidden_size)
+    offsets, mask = block_places(block_idx, in_range, hidden_size, block_size)
 
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     q, scales = quantize_blocks(x, power_of_two)

@@ -34,6 +34,17 @@ def padding_rows(  # type: ignore[no-untyped-def]
     return first, stop, tl.where(is_tail, tail_programs, 1)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def store_row_weights(  # type: ignore[no-untyped-def]
+    token, topk_weights_ptr, positions_ptr, weights_ptr, top_k: tl.constexpr, padded_top_k: tl.constexpr
+):
+    """The weights of a token's selections, each to its row; those of -1 are not read."""
+    topk_pos = tl.arange(0, padded_top_k)
+    rows = tl.load(positions_ptr + token * top_k + topk_pos, mask=topk_pos < top_k, other=-1)
+    weights = tl.load(topk_weights_ptr + token * top_k + topk_pos, mask=rows >= 0)
+    tl.store(weights_ptr + rows, weights, mask=rows >= 0)
+
+
 def padding_programs(plan: RowPlan, num_rows: int | None) -> tuple[int, int]:
     """How many programs fill padding, and how many of these the tail behind the last expert."""
     if num_rows is not None:
