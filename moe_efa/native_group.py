@@ -77,15 +77,7 @@ class NativeGroup:
 
         In static mode, with a capacity on every rank, rows is that.
         """
-        args = _C.DispatchArgs(
-            x_ptr=_pointer(x),
-            dtype=DTYPE_NAMES[x.dtype],
-            num_tokens=x.shape[0],
-            topk_idx_ptr=_pointer(topk_idx),
-            topk_weights_ptr=_pointer(topk_weights),
-            expert_alignment=expert_alignment,
-            capacity=capacity,
-        )
+        args = _dispatch_args(x, topk_idx, topk_weights, expert_alignment, capacity)
         plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True, capacity=capacity)
         return plan, rows, weights
 
@@ -96,16 +88,7 @@ class NativeGroup:
 
         The rows of the wire as they are, so ``wire_dtype`` must be "fp8".
         """
-        args = _C.DispatchArgs(
-            x_ptr=_pointer(x),
-            dtype=DTYPE_NAMES[x.dtype],
-            num_tokens=x.shape[0],
-            topk_idx_ptr=_pointer(topk_idx),
-            topk_weights_ptr=_pointer(topk_weights),
-            expert_alignment=expert_alignment,
-            capacity=capacity,
-            fp8_output=True,
-        )
+        args = _dispatch_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=True)
         plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True, capacity=capacity)
         assert scales is not None
         return plan, rows, scales, weights
@@ -172,16 +155,7 @@ class NativeGroup:
         fp8_output: bool = False,
     ) -> StartedCall:
         """The first half of :meth:`dispatch`, or of :meth:`dispatch_fp8`; ``finish_dispatch`` is the second."""
-        args = _C.DispatchArgs(
-            x_ptr=_pointer(x),
-            dtype=DTYPE_NAMES[x.dtype],
-            num_tokens=x.shape[0],
-            topk_idx_ptr=_pointer(topk_idx),
-            topk_weights_ptr=_pointer(topk_weights),
-            expert_alignment=expert_alignment,
-            capacity=capacity,
-            fp8_output=fp8_output,
-        )
+        args = _dispatch_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output)
         return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x, topk_idx, topk_weights)
 
     def start_replay(
@@ -396,6 +370,28 @@ class NativeGroup:
 
 # Null means "none of it" to the native calls, so a tensor without elements gets an address that nobody reads.
 _NOTHING = torch.empty(1)
+
+
+def _dispatch_args(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    expert_alignment: int,
+    capacity: int | None,
+    *,
+    fp8_output: bool = False,
+) -> _C.DispatchArgs:
+    """Of a fresh dispatch."""
+    return _C.DispatchArgs(
+        x_ptr=_pointer(x),
+        dtype=DTYPE_NAMES[x.dtype],
+        num_tokens=x.shape[0],
+        topk_idx_ptr=_pointer(topk_idx),
+        topk_weights_ptr=_pointer(topk_weights),
+        expert_alignment=expert_alignment,
+        capacity=capacity,
+        fp8_output=fp8_output,
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int:
