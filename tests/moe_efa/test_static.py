@@ -6,6 +6,7 @@ Between ranks: tests/integration/test_dispatch_combine.py and test_properties.py
 from __future__ import annotations
 
 import copy
+import gc
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -175,11 +176,13 @@ def test_a_step_is_repeated_with_what_it_needed(ep: ExpertParallel) -> None:
 
 def test_the_flag_outlives_the_plan_and_keeps_nothing_of_it(ep: ExpertParallel) -> None:
     x, topk_idx, topk_weights = make_inputs(grad=False)
+    gc.collect()  # what earlier tests of this process left in cycles
+    others = plan_tensor.num_alive()
     d = ep.dispatch(x, topk_idx, topk_weights, capacity=2)
     overflow, copied = d.overflow, copy.deepcopy(d.overflow)
-    assert plan_tensor.num_alive() == 1
+    assert plan_tensor.num_alive() == others + 1
     del d
-    assert plan_tensor.num_alive() == 0
+    assert plan_tensor.num_alive() == others
     assert overflow is not None
     assert int(overflow) == int(copied) == 2 * TOKENS
 
