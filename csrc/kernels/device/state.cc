@@ -26,7 +26,7 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view, const 
   std::size_t num_experts = rings * layout.experts_per_rank;
   for (PhaseState& phase : phases_) {
     bool dispatch = &phase == phases_;
-    phase.arguments_bytes = aligned(sizeof(cuda::CallState)) + aligned((rings + nodes) * 8);
+    phase.arguments_bytes = aligned(sizeof(cuda::CallState)) + aligned(rings * 8) + aligned(nodes * 8);
     phase.staging_bytes = phase.arguments_bytes;
     std::size_t words = (nodes + rings) * most_chunks_ + 2 * rings;
     if (dispatch) {
