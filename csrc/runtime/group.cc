@@ -99,8 +99,9 @@ void Group::make_rails() {
   rails_ = std::move(rails.rails);
   unlink_rails_ = std::move(rails.unlink);
   descriptors_ = std::make_unique<engine::DescriptorRing>(engine::max_descriptors(sizing_.layout));
-  engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{
-      config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic, segment_.data()});
+  engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{config_.topology, sizing_.layout,
+                                                                  static_cast<std::uint32_t>(rails_.size()),
+                                                                  kWritesPerNic, view_.own(), view_.own_slots()});
   std::vector<transport::Rail*> raw;
   for (const auto& rail : rails_) raw.push_back(rail.get());
   transport::PumpConfig pump_config;

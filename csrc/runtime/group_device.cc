@@ -12,11 +12,11 @@ using proto::Phase;
 
 // After the mates' memory is mapped.
 void Group::open_device_state() {
-  std::vector<std::byte*> seen;  // by kernels
+  std::vector<proto::RegionMemory> seen;  // by kernels
   for (std::uint32_t mate = 0; mate < config_.topology.node_size; ++mate) {
     std::uint64_t bytes = layout_.total_bytes();
     device_regions_.push_back(regions_[mate]);
-    seen.push_back(static_cast<std::byte*>(device_->map_host(regions_[mate], bytes)));
+    seen.push_back({static_cast<std::byte*>(device_->map_host(regions_[mate], bytes)), nullptr, 0, bytes});
   }
   device_state_ = std::make_unique<kernels::device::State>(
       device_, view_, seen,

@@ -121,7 +121,7 @@ bool DispatchCall::step_pack() {
     Item& item = items[i];
     std::uint64_t offset = item.node == own_node ? view.layout.ring_slot(kPhase, own_node, item.seq)
                                                  : view.layout.send_slot(kPhase, item.node, item.seq);
-    item.bytes = pack_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own() + offset}, view);
+    item.bytes = pack_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own_slots() + offset}, view);
   });
   bool published = false;
   for (const Item& item : items) {
@@ -242,7 +242,7 @@ bool DispatchCall::step_pull() {
     std::size_t source =
         std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
     pull_chunk({args_.plan.get(), &output_, args_.out_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
-                own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
+                own_.epoch, replay_, view.slots(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
                 announced_->expert_counts().data() + source, announced_->expert_base().data() + source,
                 announced_->static_sizes()},
                view);

@@ -15,8 +15,8 @@ constexpr double kKernelPatienceS = 2;  // more than the host's, which knows mor
 
 }  // namespace
 
-State::State(std::shared_ptr<Device> device, const proto::NodeView& view, const std::vector<std::byte*>& regions,
-             const StateConfig& config)
+State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
+             const std::vector<proto::RegionMemory>& memory, const StateConfig& config)
     : device_(std::move(device)),
       config_(config),
       device_view_(view),
@@ -53,12 +53,17 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view, const 
   scratch_.columns = take_device<std::uint32_t>(warps * cuda::plan_columns(layout));
   sizes_ = take_host<std::byte>(nodes * sizeof(cuda::SendView) + num_experts * 4);
 
-  std::byte** bases = take_host<std::byte*>(regions.size());
-  std::copy(regions.begin(), regions.end(), bases);
-  std::byte** placed = take_device<std::byte*>(regions.size());
-  device_->copy(placed, bases, regions.size() * sizeof(*bases), device_->own_stream(0));
+  std::size_t mates = memory.size();
+  std::byte** bases = take_host<std::byte*>(2 * mates);
+  for (std::size_t mate = 0; mate < mates; ++mate) {
+    bases[mate] = memory[mate].region;
+    bases[mates + mate] = memory[mate].slot_base();
+  }
+  std::byte** placed = take_device<std::byte*>(2 * mates);
+  device_->copy(placed, bases, 2 * mates * sizeof(*bases), device_->own_stream(0));
   device_->drain();
   device_view_.regions = placed;
+  device_view_.slot_bases = placed + mates;
 }
 
 State::~State() {

@@ -13,6 +13,7 @@
 #include "kernels/cuda/ready_queue.h"
 #include "kernels/device.h"
 #include "proto/region.h"
+#include "proto/region_memory.h"
 
 namespace moe_efa::kernels::device {
 
@@ -42,8 +43,8 @@ struct PhaseState {
 
 class State {
  public:
-  // `view`: as the host sees the node. `regions` [node_size]: the same memory as kernels see it.
-  State(std::shared_ptr<Device> device, const proto::NodeView& view, const std::vector<std::byte*>& regions,
+  // `view`: as the host sees the node. `memory` [node_size]: the same as kernels see it.
+  State(std::shared_ptr<Device> device, const proto::NodeView& view, const std::vector<proto::RegionMemory>& memory,
         const StateConfig& config);
   ~State();
   State(const State&) = delete;

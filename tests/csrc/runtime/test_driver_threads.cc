@@ -46,13 +46,29 @@ struct Options {
   bool one_node = false;           // instead of several
 };
 
-struct Region {
-  std::vector<std::byte> memory;
-  std::byte* base = nullptr;
+// The memory of all ranks, as a world wants it: each region in one block or in two.
+struct Regions {
+  std::vector<std::vector<std::byte>> memory;
+  std::vector<proto::RegionMemory> all;
+  std::vector<std::byte*> words, slots;  // of NodeView
 
-  Region(std::uint64_t bytes, std::uint64_t flag_bytes) : memory(bytes + kAlign, std::byte{0xEE}) {
-    base = memory.data() + (kAlign - reinterpret_cast<std::uintptr_t>(memory.data()) % kAlign) % kAlign;
-    std::memset(base, 0, flag_bytes);
+  explicit Regions(const Workload& work) {
+    const proto::RegionLayout layout(work.layout, 0);
+    for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {
+      proto::RegionMemory& one = all.emplace_back();
+      one.slots_begin = layout.slots_begin();
+      one.bytes = layout.total_bytes();
+      one.region = allocate(work.slots_apart ? one.slots_begin : one.bytes);
+      if (work.slots_apart) one.slots = allocate(one.bytes - one.slots_begin);
+      std::memset(one.region, 0, layout.flag_bytes());
+      words.push_back(one.region);
+      slots.push_back(one.slot_base());
+    }
+  }
+
+  std::byte* allocate(std::uint64_t bytes) {
+    std::byte* at = memory.emplace_back(bytes + kAlign, std::byte{0xEE}).data();
+    return at + (kAlign - reinterpret_cast<std::uintptr_t>(at) % kAlign) % kAlign;
   }
 };
 
@@ -76,13 +92,14 @@ struct Stage {
 
 class Rank {
  public:
-  Rank(Stage& stage, testing::InprocFabric& fabric, std::byte* const* regions, std::uint32_t rank,
-       const Options& options)
+  Rank(Stage& stage, testing::InprocFabric& fabric, const Regions& regions, std::uint32_t rank, const Options& options)
       : stage_(stage),
         topology_{stage.work.num_ranks, stage.work.node_size, rank},
         view_{topology_, proto::RegionLayout(stage.work.layout, topology_.node()),
-              regions + std::size_t{topology_.node()} * stage.work.node_size},
-        engine_({topology_, stage.work.layout, stage.work.num_nics, stage.work.max_writes_per_nic, view_.own()}),
+              regions.words.data() + std::size_t{topology_.node()} * stage.work.node_size,
+              regions.slots.data() + std::size_t{topology_.node()} * stage.work.node_size},
+        engine_({topology_, stage.work.layout, stage.work.num_nics, stage.work.max_writes_per_nic, view_.own(),
+                 view_.own_slots()}),
         descriptors_(engine::max_descriptors(stage.work.layout)),
         state_(topology_),
         pool_(options.pool_threads) {
@@ -109,9 +126,12 @@ class Rank {
       for (const auto& routings : stage.work.routings) {
         for (const simulator::Routing& routing : routings) max_tokens = std::max(max_tokens, routing.num_tokens);
       }
-      std::vector<std::byte*> bases(view_.regions, view_.regions + topology_.node_size);
+      std::vector<proto::RegionMemory> memory;
+      for (std::uint32_t local = 0; local < topology_.node_size; ++local) {
+        memory.push_back(regions.all[topology_.rank_of(topology_.node(), local)]);
+      }
       device_ = std::make_unique<kernels::device::State>(
-          std::make_shared<testing::EmulatedDevice>(true), view_, bases,
+          std::make_shared<testing::EmulatedDevice>(true), view_, memory,
           kernels::device::StateConfig{max_tokens, stage.work.num_nics, kPatienceS});
     }
     pump_ = std::make_unique<transport::Pump>(engine_, view_, raw, descriptors_, config);
@@ -310,19 +330,13 @@ class Rank {
 };
 
 std::string run_world(const Workload& work, const Options& options) {
-  const proto::RegionLayout layout(work.layout, 0);
-  std::vector<std::unique_ptr<Region>> regions;
-  std::vector<std::byte*> bases;
-  for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {
-    regions.push_back(std::make_unique<Region>(layout.total_bytes(), layout.flag_bytes()));
-    bases.push_back(regions.back()->base);
-  }
+  const Regions regions(work);
   const Reference reference(work);
   Stage stage(work, reference);
-  testing::InprocFabric fabric(bases, layout.total_bytes(), work.node_size, work.num_nics);
+  testing::InprocFabric fabric(regions.all, work.node_size, work.num_nics);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {
-    ranks.push_back(std::make_unique<Rank>(stage, fabric, bases.data(), rank, options));
+    ranks.push_back(std::make_unique<Rank>(stage, fabric, regions, rank, options));
   }
   std::vector<std::thread> callers;
   for (auto& rank : ranks) callers.emplace_back([&rank] { rank->run(); });
