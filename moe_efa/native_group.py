@@ -58,6 +58,15 @@ class _Dispatch(NamedTuple):
     is_replay: bool
 
 
+class _Rows(NamedTuple):
+    """What a dispatch gives."""
+
+    plan: _C.Plan
+    rows: Tensor
+    scales: Tensor | None  # of FP8 rows
+    weights: Tensor | None  # of a fresh dispatch
+
+
 class _Unplaced(NamedTuple):
     """A dispatch on a device whose results have no memory yet."""
 
@@ -86,7 +95,8 @@ class NativeGroup:
         self._closed: Exception | None = None  # what calls raise once the native group is closed
         self._kept: dict[int, tuple[Tensor | None, ...]] = {}  # by ticket: what started calls read and write
         self._dropped: collections.deque[int] = collections.deque()  # tickets of those that nobody will finish
-        self._unplaced: dict[int, _Unplaced] = {}  # by ticket
+        self._unplaced: dict[int, _Unplaced] = {}  # by ticket: dispatches on a device that were started
+        self._placed: dict[int, _Rows] = {}  # and those that wait for nothing of this rank's
         self._ending = False  # no new calls: the process waits for the lock
 
     def dispatch(
@@ -252,7 +262,7 @@ class NativeGroup:
         with self._call():
             return started.ticket is None or self._native.ended(started.ticket)
 
-    def finish_dispatch(self, started: StartedCall) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor | None]:
+    def finish_dispatch(self, started: StartedCall) -> _Rows:
         """(plan, rows, scales of FP8 rows, weights of a fresh dispatch), as the calls in one."""
         if self.on_device:
             return self._finish_on_device(started)
@@ -264,32 +274,38 @@ class NativeGroup:
             scales = host_memory.over(buffers.scales, plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
         if buffers.weights is not None:
             weights = host_memory.over(buffers.weights, plan.rows, dtype=torch.float32)
-        return plan, rows, scales, weights
+        return _Rows(plan, rows, scales, weights)
 
-    def _finish_on_device(self, started: StartedCall) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor | None]:
+    def _finish_on_device(self, started: StartedCall) -> _Rows:
         """Give the rows a place, and wait until they are ready on the current stream."""
         if started.ticket is None:
             raise ValueError("this call is finished: finish() once")
         ticket, started.ticket = started.ticket, None
         with self._call():
             try:
-                results = self._place(ticket)
+                self._place_until(ticket)
                 self._native.finish(ticket)
+                return self._placed[ticket]
             finally:
+                self._placed.pop(ticket, None)
                 self._kept.pop(ticket, None)
-        return results
 
-    def _place(self, ticket: int) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor | None]:
+    def _place_until(self, ticket: int) -> None:
+        """Give the dispatches up to this one memory for what comes: they run one after the other."""
+        for earlier in sorted(self._unplaced):
+            if earlier <= ticket:
+                self._placed[earlier] = self._place(earlier)
+
+    def _place(self, ticket: int) -> _Rows:
         """Wait for the sizes of a dispatch on a device, and give its results memory."""
         unplaced, hidden_size = self._unplaced.pop(ticket), self.config.hidden_size
         sizes = self._native.dispatch_sizes(ticket)
         plan = sizes.plan
         try:
             rows = self.empty(plan.rows, hidden_size, dtype=unplaced.dtype)
-            scales = weights = None
+            scales = weights = pulls = None
             if unplaced.dtype == torch.float8_e4m3fn:
                 scales = self.empty(plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
-            pulls = None
             if not unplaced.is_replay:
                 weights = self.empty(plan.rows, dtype=torch.float32)
                 pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
@@ -300,7 +316,7 @@ class NativeGroup:
             raise
         self._kept[ticket] = (*self._kept[ticket], rows, scales, weights, pulls)
         self._native.dispatch_place(ticket, _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls))
-        return plan, rows, scales, weights
+        return _Rows(plan, rows, scales, weights)
 
     def _start_dispatch(self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor) -> StartedCall:
         memory = (*memory, *call.memory)
@@ -323,10 +339,10 @@ class NativeGroup:
     def _forget_dropped(self) -> None:
         for _ in range(len(self._dropped)):
             ticket = self._dropped.popleft()
-            if ticket in self._unplaced:
-                self._place(ticket)  # so that it runs out
+            self._place_until(ticket)  # so that it runs out
             if self._native.forget(ticket):
                 self._kept.pop(ticket, None)
+                self._placed.pop(ticket, None)
             else:
                 self._dropped.append(ticket)
 
@@ -356,8 +372,8 @@ class NativeGroup:
         with self._lock:
             if self._closed is None:
                 collective = self.usable
-                if collective:
-                    self._forget_dropped()
+                if collective and self._unplaced:
+                    self._place_until(max(self._unplaced))  # the others count on them
                 native = self._take_native(ClosedError("the native group was closed"))
                 if collective:
                     native.close(collective=True, timeout_s=self.config.timeout_s)
@@ -521,9 +537,9 @@ class NativeGroup:
                 raise self._closed
             if self._ending:
                 raise ClosedError("the process is ending")
-            if self._dropped:
-                self._forget_dropped()
             try:
+                if self._dropped:
+                    self._forget_dropped()
                 yield
             except TransportError:
                 self.usable = False
