@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,3 +40,14 @@ _import_interpreted_triton()
 def repo_root() -> Path:
     """The checkout that these tests belong to."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def build() -> ModuleType:
+    """setup.py as a module: which sources there are, where libfabric is, and the incremental compiler."""
+    specification = importlib.util.spec_from_file_location("moe_efa_setup", ROOT / "setup.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module

@@ -154,7 +154,7 @@ class MoELayer(nn.Module):
         self._owns_expert_parallel = expert_parallel is None
         if expert_parallel is None:
             with torch.device("cpu"):  # a layer may be built on the meta device, the exchange of addresses may not
-                expert_parallel = ExpertParallel(group, **sizes, **options)
+                expert_parallel = ExpertParallel(group, **sizes, device=_where_tokens_are(device), **options)
         self.expert_parallel = expert_parallel
         local = expert_parallel.num_local_experts
         self.apply_weights, self.expert_alignment, self.waves = apply_weights, expert_alignment, waves
@@ -282,6 +282,11 @@ class MoELayer(nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return copied
+
+
+def _where_tokens_are(device: torch.device | str | None) -> torch.device | str | None:
+    """Where the parameters are to be, unless that is nowhere yet."""
+    return None if device is None or torch.device(device).type == "meta" else device
 
 
 def _config(

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/math.h"
+#include "common/status.h"
 #include "kernels/device/upload.h"
 
 namespace moe_efa::kernels::device {
@@ -105,6 +106,21 @@ cuda::Watch State::watch(Phase which, std::uint32_t grid) {
   const PhaseState& state = phase(which);
   auto timeout_ns = static_cast<std::uint64_t>((config_.timeout_s + kKernelPatienceS) * 1e9);
   return {state.grids + grid, state.faults, state.fault, timeout_ns, device_view_.topology.rank};
+}
+
+void State::check(Phase phase) const {
+  try {
+    cuda::raise(*phases_[static_cast<int>(phase)].fault);
+  } catch (const common::StatusError& error) {
+    common::Status status = error.status();
+    if (status.code != common::StatusCode::kInvalid) throw;
+    // A kernel has seen a wrong argument, too late to refuse the call: the others have entered it.
+    status.code = common::StatusCode::kTransport;
+    status.rank = static_cast<int>(device_view_.topology.rank);
+    status.phase = static_cast<int>(phase);
+    status.message = "rank " + std::to_string(status.rank) + ": " + status.message;
+    throw common::StatusError(status);
+  }
 }
 
 void State::stop() {

@@ -1,0 +1,166 @@
+"""Rounds between ranks whose tensors are on a device, for comparison with the same rounds on the CPU, bit by bit.
+
+Everything that a user can do with a group is in :func:`run`: calls in one and in halves, FP8, replays, waves, backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_efa.expert_parallel import ExpertParallel
+from moe_efa.testing import routing
+from moe_efa.testing.compare import assert_bitwise
+
+NUM_EXPERTS, TOP_K = 8, 3
+_ROUTINGS = {
+    "uniform": routing.uniform,
+    "skewed": routing.skewed,
+    "one-expert": routing.one_expert,
+    "duplicates": routing.duplicates,
+    "nothing": routing.nothing,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group and the rows that it exchanges."""
+
+    num_ranks: int
+    node_size: int
+    transport: str = "auto"
+    dtype: torch.dtype = torch.bfloat16
+    wire_dtype: str = "auto"
+    combine_dtype: str = "auto"
+    hidden_size: int = 160
+    num_tokens: int = 40  # of rank 0; each further rank has 7 fewer, down to none
+    routing: str = "uniform"
+    alignment: int = 8
+    chunk_rows: int = 0
+    slots: int = 0
+
+    @property
+    def id(self) -> str:
+        """As a sentence for test ids and tables."""
+        words = [f"ep{self.num_ranks}-node{self.node_size}", self.transport, str(self.dtype).removeprefix("torch.")]
+        words += [f"wire-{self.wire_dtype}", f"combine-{self.combine_dtype}", f"h{self.hidden_size}"]
+        words += [f"tok{self.num_tokens}", self.routing, f"align{self.alignment}"]
+        if self.chunk_rows:
+            words.append(f"chunk{self.chunk_rows}-slots{self.slots}")
+        return "-".join(words)
+
+    def open(self, group: dist.ProcessGroup | None, device: str, **options: Any) -> ExpertParallel:
+        """The group's object on a device."""
+        return ExpertParallel(
+            group,
+            **{
+                "num_experts": NUM_EXPERTS,
+                "hidden_size": self.hidden_size,
+                "top_k": TOP_K,
+                "max_tokens_per_rank": max(1, self.num_tokens),
+                "wire_dtype": self.wire_dtype,
+                "combine_dtype": self.combine_dtype,
+                "node_size": self.node_size,
+                "transport": self.transport if self.node_size < self.num_ranks else "auto",
+                "provider": "tcp" if self.transport == "libfabric" else None,
+                "chunk_rows": self.chunk_rows,
+                "slots": self.slots,
+                "memory_budget_bytes": 64 << 20,
+                "timeout_s": 60.0,
+                "device": device,
+                **options,
+            },
+        )
+
+    def inputs(self, rank: int, ep: ExpertParallel) -> tuple[Tensor, Tensor, Tensor]:
+        """x, topk_idx, topk_weights of a rank, the same values on every device."""
+        tokens = max(0, self.num_tokens - 7 * rank)
+        generator = torch.Generator().manual_seed(1000 + rank)
+        x = torch.randn(tokens, self.hidden_size, generator=generator).to(self.dtype)
+        idx, weights = _ROUTINGS[self.routing](tokens, NUM_EXPERTS, TOP_K, seed=rank, drop_fraction=0.2)
+        return x.to(ep.device), idx.to(ep.device), weights.to(ep.device)
+
+
+CASES = (
+    Case(1, 1),
+    Case(2, 2, dtype=torch.float32, routing="skewed"),
+    Case(2, 1, "libfabric", wire_dtype="fp8"),
+    Case(4, 2, "libfabric", wire_dtype="fp8", combine_dtype="fp8", hidden_size=264, routing="duplicates", alignment=1),
+    Case(4, 2, "shm", dtype=torch.float32, combine_dtype="bf16", chunk_rows=3, slots=2, num_tokens=61),
+    Case(4, 4, routing="one-expert", chunk_rows=4, slots=2),
+    Case(4, 1, "libfabric", routing="nothing", num_tokens=9),
+)
+MANY_RANKS = (
+    Case(8, 4, "libfabric", wire_dtype="fp8", hidden_size=2048, num_tokens=128),
+    Case(8, 8, hidden_size=4096, num_tokens=100, routing="skewed"),
+)
+
+
+def run(rank: int, group: dist.ProcessGroup | None, case: Case, device: str) -> dict[str, Tensor]:
+    """What every kind of call gives on this rank, by name, on the CPU."""
+    found: dict[str, Tensor] = {}
+    with case.open(group, device) as ep:
+        inputs = case.inputs(rank, ep)
+        _calls_in_one(found, ep, case, *inputs)
+        _calls_in_halves(found, ep, case, *inputs)
+        _waves(found, ep, case, *inputs)
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    """Raise AssertionError unless :func:`run` found the same bits on all ranks."""
+    for rank, (here, there) in enumerate(zip(found, expected, strict=True)):
+        assert list(here) == list(there)
+        for name in there:
+            assert_bitwise(here[name], there[name], f"{name} of rank {rank}")
+
+
+def _calls_in_one(
+    found: dict[str, Tensor], ep: ExpertParallel, case: Case, x: Tensor, idx: Tensor, weights: Tensor
+) -> None:
+    for weighted in (True, False):
+        name = "weighted" if weighted else "plain"
+        own, own_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        d = ep.dispatch(own, idx, own_weights, expert_alignment=case.alignment)
+        assert d.tokens_per_expert is not None
+        y = (d.x.float() * 1.5).to(case.dtype) if weighted else (d.x * d.weights[:, None]).to(case.dtype)
+        out = ep.combine(y, d.handle, weighted=weighted)
+        torch.autograd.backward(out.float().square().sum())
+        assert own.grad is not None
+        assert own_weights.grad is not None
+        found[f"{name} rows"], found[f"{name} weights"], found[f"{name} out"] = d.x, d.weights, out
+        found[f"{name} x.grad"], found[f"{name} weights.grad"] = own.grad, own_weights.grad
+        found[f"{name} counts"], found[f"{name} offsets"] = d.tokens_per_expert, d.offsets
+        found[f"{name} again"] = ep.dispatch(out.detach(), handle=d.handle).x
+    if case.wire_dtype == "fp8":
+        fp8 = ep.dispatch(x, idx, weights, expert_alignment=case.alignment, output="fp8")
+        assert fp8.scales is not None
+        found["fp8 rows"], found["fp8 scales"] = fp8.x.view(torch.uint8), fp8.scales
+
+
+def _calls_in_halves(
+    found: dict[str, Tensor], ep: ExpertParallel, case: Case, x: Tensor, idx: Tensor, weights: Tensor
+) -> None:
+    first = ep.dispatch_start(x, idx, weights, expert_alignment=case.alignment)
+    second = ep.dispatch_start(x * 2, idx, weights)
+    late, early = second.finish(), first.finish()  # in any order
+    third = ep.combine_start(early.x, early.handle)
+    fourth = ep.combine_start(late.x, late.handle, weighted=False)
+    dropped = ep.dispatch_start(x, idx, weights)  # runs out by itself
+    found["second half first"], found["first half"] = late.x, early.x
+    found["fourth"], found["third"] = fourth.finish(), third.finish()
+    del dropped
+    found["after the dropped one"] = ep.dispatch(x, idx, weights).x
+
+
+def _waves(found: dict[str, Tensor], ep: ExpertParallel, case: Case, x: Tensor, idx: Tensor, weights: Tensor) -> None:
+    own, own_weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    out = ep.moe(own, idx, own_weights, lambda rows, _: (rows.float() * 0.5).to(rows.dtype), waves=3)
+    torch.autograd.backward(out.float().sum())
+    assert own.grad is not None
+    assert own_weights.grad is not None
+    found["waves"], found["waves x.grad"], found["waves weights.grad"] = out, own.grad, own_weights.grad

@@ -1,0 +1,201 @@
+"""Ranks whose tensors are on a device: the real one where there is a GPU, otherwise one that host threads play (the
+same runtime, kernels' bodies and plans, streams as threads). Results are compared bit by bit with those of the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import moe_efa
+from moe_efa import device as device_of
+from moe_efa.errors import PeerLostError, TransportError
+from moe_efa.testing import device_rounds
+from moe_efa.testing.device_rounds import CASES, Case
+from moe_efa.testing.spawn import spawn
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [path.relative_to(ROOT) for path in sorted((ROOT / "tests/csrc/device").glob("*.cc"))]
+FOLDER = ROOT / "build" / "device-tests"
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
+GPU = torch.cuda.is_available() and device_of.CUDA_LIBRARY.exists()
+DEVICE = "cuda" if GPU else "cpu"
+HEARTBEAT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def device_library(build: ModuleType) -> Path | None:
+    """The library that plays the GPU; None where there is one."""
+    if GPU:
+        return None
+    objects = build.ObjectCompiler(FOLDER).compile(SOURCES, dict.fromkeys(SOURCES, FLAGS))
+    target = FOLDER / "libemulated_device.so"
+    partial = FOLDER / f"partial-{os.getpid()}.so"
+    command = [*build.compiler(), "-shared", *map(str, objects), "-o", str(partial), "-pthread"]
+    subprocess.run(command, check=True)
+    partial.rename(target)
+    return target
+
+
+def on_library(rank: int, group: dist.ProcessGroup, library: Path | None, fn: Callable[..., Any], *args: Any) -> Any:
+    """In a rank, whose environment is that of the server which started it."""
+    if library is not None:
+        os.environ["MOE_EFA_DEVICE_LIBRARY"] = str(library)
+    return fn(rank, group, *args)
+
+
+class Ranks:
+    """Runs functions on ranks whose kernels run on the device."""
+
+    def __init__(self, library: Path | None) -> None:
+        self.library = library
+
+    def spawn(self, fn: Callable[..., Any], num_ranks: int, *args: Any, **options: Any) -> list[Any]:
+        return spawn(on_library, num_ranks, self.library, fn, *args, **options)
+
+
+@pytest.fixture
+def ranks(device_library: Path | None) -> Ranks:
+    return Ranks(device_library)
+
+
+@functools.lru_cache
+def on_cpu(case: Case) -> list[dict[str, Tensor]]:
+    return spawn(device_rounds.run, case.num_ranks, case, "cpu")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_call_gives_the_bits_of_the_cpu(case: Case, ranks: Ranks) -> None:
+    device_rounds.assert_same(ranks.spawn(device_rounds.run, case.num_ranks, case, DEVICE), on_cpu(case))
+
+
+def test_a_wrong_bit_is_seen() -> None:
+    """The comparison can fail."""
+    found = [{name: tensor.clone() for name, tensor in rank.items()} for rank in on_cpu(CASES[0])]
+    device_rounds.assert_same(found, on_cpu(CASES[0]))
+    found[0]["waves weights.grad"].view(-1).view(torch.int32)[0] ^= 1
+    with pytest.raises(AssertionError, match=r"waves weights\.grad of rank 0"):
+        device_rounds.assert_same(found, on_cpu(CASES[0]))
+
+
+def what_runs_kernels(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> str:
+    with case.open(group, device) as ep:
+        assert ep.device.type == device
+        return str(ep.info()["device"])
+
+
+def test_the_group_says_what_runs_its_kernels(ranks: Ranks) -> None:
+    assert all(ranks.spawn(what_runs_kernels, 2, CASES[1], DEVICE))
+    assert not any(spawn(what_runs_kernels, 2, CASES[1], "cpu"))
+
+
+def send_a_wrong_id(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> str:
+    with contextlib.suppress(TransportError), case.open(group, device) as ep:
+        x, idx, weights = case.inputs(rank, ep)
+        if rank == 0:
+            idx[3, 1] = 99
+        try:
+            ep.dispatch(x, idx, weights)
+        except TransportError as error:
+            with pytest.raises(TransportError):
+                ep.dispatch(x, idx.clamp(max=0), weights)
+            return str(error)
+    return "nothing"
+
+
+def test_a_wrong_expert_id_is_an_error_on_all_ranks(ranks: Ranks) -> None:
+    first, *others = ranks.spawn(send_a_wrong_id, 4, CASES[4], DEVICE)
+    assert "topk_idx[10] (of all slots) is 99, outside [-1, 8)" in first
+    assert all("rank 0" in text for text in others)
+
+
+def die_in_the_middle(rank: int, group: dist.ProcessGroup, case: Case, device: str, when: str) -> tuple[int, float]:
+    ep = case.open(group, device, heartbeat_timeout_s=HEARTBEAT_S)
+    x, idx, weights = case.inputs(rank, ep)
+    d = ep.dispatch(x, idx, weights)
+    dist.barrier(group)
+    if rank == 1 and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(PeerLostError) as error:
+        pending = ep.combine_start(d.x, d.handle)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pending.finish()
+        for _ in range(3):  # where calls return before their kernels end
+            ep.dispatch(x, idx, weights)
+            time.sleep(HEARTBEAT_S)
+    assert error.value.rank == 1
+    return error.value.rank, time.monotonic() - begin
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=lambda case: case.id)
+def test_a_killed_rank_is_named_by_all_others(case: Case, when: str, ranks: Ranks) -> None:
+    outcomes = ranks.spawn(die_in_the_middle, case.num_ranks, case, DEVICE, when, may_die=[1])
+    for outcome in outcomes[:1] + outcomes[2:]:
+        assert outcome[0] == 1
+        assert outcome[1] < 5 * HEARTBEAT_S
+
+
+def issue_different_calls(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> str:
+    with contextlib.suppress(TransportError), case.open(group, device) as ep:
+        x, idx, weights = case.inputs(rank, ep)
+        d = ep.dispatch(x, idx, weights)
+        try:
+            if rank == 0:
+                ep.combine(d.x, d.handle)
+            else:
+                ep.dispatch(x, idx, weights)
+            ep.dispatch(x, idx, weights)
+        except TransportError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_different_calls_are_an_error_on_all_ranks(ranks: Ranks) -> None:
+    texts = ranks.spawn(issue_different_calls, 2, CASES[1], DEVICE)
+    assert all("different calls" in text for text in texts)
+
+
+def train_a_layer(rank: int, group: dist.ProcessGroup, device: str) -> dict[str, Tensor]:
+    sizes: dict[str, Any] = {"num_experts": 8, "hidden_size": 64, "top_k": 2, "max_tokens_per_rank": 32}
+    layer = moe_efa.MoELayer(
+        group, **sizes, intermediate_size=32, node_size=2, transport="shm", seed=1, waves=2, device=device
+    )
+    x = torch.randn(24 - rank, 64, generator=torch.Generator().manual_seed(rank)).to(device).requires_grad_()
+    found = {}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        out = layer(x)
+        out.square().sum().backward()
+        optimizer.step()
+        found[f"out {step}"] = out.detach().cpu()
+    assert x.grad is not None
+    found["x.grad"] = x.grad.cpu()
+    layer.close()
+    return found
+
+
+def test_a_layer_trains_as_on_the_cpu(ranks: Ranks) -> None:
+    found = ranks.spawn(train_a_layer, 4, DEVICE)
+    expected = spawn(train_a_layer, 4, "cpu")
+    for here, there in zip(found, expected, strict=True):
+        for name in there:
+            # On a GPU other products are in between: the sums of a row of 64 differ by their order.
+            torch.testing.assert_close(here[name], there[name], rtol=1e-4 if GPU else 0, atol=1e-4 if GPU else 0)
