@@ -50,9 +50,10 @@ def check_small(config: BenchConfig, group: dist.ProcessGroup) -> tuple[str, int
     mine = everyone[rank]
     arguments: dict[str, Any] = small.expert_parallel(chunk_rows=8).as_dict()
     with ExpertParallel(group, **arguments) as ep:
-        d = ep.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
+        d = ep.dispatch(*mine.to(ep.device))
         y = _apply_experts(d, rank * ep.num_local_experts, small.experts)
-        out = ep.combine(y, d.handle)
+        out = ep.combine(y, d.handle).cpu()
+        rows, weights = d.x.cpu(), d.weights.cpu()
         node_size = ep.node_size
     scale: dict[str, Any] = {"fp8_scale": config.fp8_scale} if "fp8" in _dtypes(config) else {}
     plan = reference.make_plan([inputs.topk_idx for inputs in everyone], num_experts=small.experts)
@@ -79,8 +80,8 @@ def check_small(config: BenchConfig, group: dist.ProcessGroup) -> tuple[str, int
     problems = [
         f"{name} differs from the reference"
         for name, actual, wanted in (
-            ("dispatched rows", d.x, expected[rank].x),
-            ("dispatched weights", d.weights, expected[rank].weights),
+            ("dispatched rows", rows, expected[rank].x),
+            ("dispatched weights", weights, expected[rank].weights),
             ("combined rows", out, sums[rank]),
         )
         if not _equal_bits(actual, wanted)
@@ -102,8 +103,8 @@ def check_full(config: BenchConfig, group: dist.ProcessGroup, ep: ExpertParallel
     Raises:
         CheckError: on every rank.
     """
-    d = ep.dispatch(mine.x, mine.topk_idx, mine.topk_weights)
-    out = ep.combine(_apply_experts(d, ep.rank * ep.num_local_experts, config.experts), d.handle)
+    d = ep.dispatch(*mine.to(ep.device))
+    out = ep.combine(_apply_experts(d, ep.rank * ep.num_local_experts, config.experts), d.handle).cpu()
     factor = (mine.topk_weights.double() * _expert_factors(config.experts)[mine.topk_idx].double()).sum(1)
     error = (out.double() - mine.x.double() * factor[:, None]).abs()
     worst_of_row = (error / (sum_bound(config, mine.x, factor) + 1e-30)).nan_to_num(nan=math.inf).amax(1)
@@ -215,7 +216,7 @@ def _expert_factors(num_experts: int) -> Tensor:
 def _apply_experts(d: DispatchResult, first_expert: int, num_experts: int) -> Tensor:
     assert d.tokens_per_expert is not None
     own = _expert_factors(num_experts)[first_expert : first_expert + len(d.tokens_per_expert)]
-    return d.x * own.repeat_interleave(d.tokens_per_expert)[:, None].to(d.x.dtype)
+    return d.x * own.repeat_interleave(d.tokens_per_expert)[:, None].to(d.x)
 
 
 def _equal_bits(a: Tensor, b: Tensor) -> bool:

@@ -18,6 +18,10 @@ class Inputs(NamedTuple):
     topk_idx: Tensor
     topk_weights: Tensor
 
+    def to(self, device: torch.device) -> Inputs:
+        """The same there."""
+        return Inputs(*(tensor.to(device) for tensor in self))
+
 
 def make_inputs(config: BenchConfig, rank: int, *, node_size: int) -> Inputs:
     """Seeded tokens of a rank; ``node_size`` is that of the group, which the configuration may leave open."""

@@ -42,6 +42,10 @@ class Host:
         self.names = gather(group, platform.node())
         self.ranks_here = self.names.count(platform.node())
         self.threads = env.num_threads(self.ranks_here)
+        if config.device == "cuda":
+            if not torch.cuda.is_available():
+                raise ConfigError("--device cuda, but torch finds no GPU here")
+            torch.cuda.set_device(self.names[: dist.get_rank()].count(platform.node()) % torch.cuda.device_count())
         self.mpi: MpiJob | None = None
         self.mpi_facts: dict[str, Any] | None = None
         if not config.mpi:
@@ -101,7 +105,7 @@ def _measure(config: BenchConfig, group: dist.ProcessGroup, host: Host, what: st
     rank = dist.get_rank()
     torch.set_num_threads(host.threads)
     progress = Progress((config.warmup + config.iters) * (2 if config.baseline else 1), visible=rank == 0, what=what)
-    timer = Timer(group, progress)
+    timer = Timer(group, progress, config.device)
 
     progress.stage("checking a small shape")
     small, node_size = check_small(config, group)
@@ -136,13 +140,13 @@ def _measure(config: BenchConfig, group: dist.ProcessGroup, host: Host, what: st
             if with_mpi:
                 check_mpi(config, group, host, node_size, digest, lambda mpi: sums_agree(config, mine, sums, mpi))
             del sums
-        ours = MoeEfaExchange(ep)
+        ours, mine_there = MoeEfaExchange(ep), mine.to(ep.device)
         rows = count_rows(selections, rank=rank, node_size=node_size, num_experts=config.experts)
         copies = CopyFloor(rows, row_widths(config)) if config.baseline else None
 
         def whole_round() -> None:
             # In turn, so that whatever else the host does meets all of them alike.
-            timed_round(ours, mine, timer.steps_of("moe_efa"))
+            timed_round(ours, mine_there, timer.steps_of("moe_efa"))
             baseline_rounds()
             if with_mpi:
                 for phase, seconds in host.ask_mpi(group, MpiJob.round).items():
@@ -187,6 +191,7 @@ def _measure(config: BenchConfig, group: dist.ProcessGroup, host: Host, what: st
             "topk": config.topk,
             "experts": config.experts,
             "dtype": config.dtype,
+            "device": info["device"] or "cpu",
             "wire_dtype": config.wire_dtype,
             "combine_dtype": config.combine_dtype,
             "fp8_scale": config.fp8_scale,

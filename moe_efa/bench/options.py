@@ -34,6 +34,7 @@ class BenchConfig:
         topk: selections per token, K.
         experts: of the whole group, E.
         dtype: "bf16" or "fp32".
+        device: "cpu" or "cuda": where tensors are. On GPUs there are no baselines: they are measured on the CPU.
         routing: which experts the tokens select; moe_efa and every baseline get the same.
         iters, warmup: timed and untimed rounds.
         seed: of tokens and routing, 0 to 2 ** 32 - 1.
@@ -54,6 +55,7 @@ class BenchConfig:
     topk: int = 8
     experts: int = 32
     dtype: str = "bf16"
+    device: str = "cpu"
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     iters: int = 10
     warmup: int = 2
@@ -72,6 +74,8 @@ class BenchConfig:
             raise ConfigError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.mpi and not self.baseline:
             raise ConfigError("--mpi is a baseline and checked against the others: not together with --no-baseline")
+        if self.device != "cpu" and self.baseline:
+            raise ConfigError(f"the baselines are on the CPU: --device {self.device} needs --no-baseline")
         self.expert_parallel().check_num_ranks(self.ranks)
         if self.node_size is not None:
             self.routing.check(topk=self.topk, experts=self.experts, num_nodes=self.ranks // self.node_size)
@@ -89,6 +93,7 @@ class BenchConfig:
             "node_size": self.node_size,
             "transport": self.transport,
             "provider": self.provider,
+            "device": self.device,
         }
         return ExpertParallelConfig(**(values | changes))
 
@@ -120,7 +125,7 @@ def config_from(options: argparse.Namespace, *, ranks: int, node_size: int | Non
         "ranks": ranks,
         "node_size": node_size,
         "routing": RoutingConfig(options.routing, **{k: v for k, v in routing.items() if v is not None}),
-        "baseline": not options.no_baseline,
+        "baseline": not (options.no_baseline or options.device == "cuda"),
         "mpi_args": tuple(options.mpi_args.split()),
     }
     return BenchConfig(**(values | changes))
@@ -146,6 +151,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--ranks", type=int, help=f"ranks to start on this host (default {default.ranks})")
     job.add_argument("--node-size", type=int, help="ranks per node (default: two nodes alone, else by host)")
     job.add_argument("--transport", default="auto", choices=("auto", "libfabric", "shm"), help="what joins nodes")
+    job.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where tensors are; cuda: a GPU for each rank, and no baselines"
+    )
     job.add_argument("--provider", help="libfabric provider, such as efa or tcp (default: the best present)")
     shape = parser.add_argument_group("shape")
     shape.add_argument("--preset", choices=tuple(PRESETS), help=f"{describe_presets()}; single options override it")

@@ -33,6 +33,7 @@ def format_table(result: dict[str, Any]) -> str:
         ("routing", c["routing"]),
         ("", f"most rows / mean: {c['imbalance_ranks']:.2f} of a rank, {c['imbalance_experts']:.2f} of an expert"),
         ("rings", f"{c['slots']} slots of {c['chunk_rows']} rows, {c['registered_bytes'] / 2**20:.0f} MiB per rank"),
+        ("device", c["device"]),
         ("host", f"{c['cores']} cores ({c['machine']}), {c['threads_per_rank']} kernel thread(s) per rank"),
         ("torch", f"{c['torch']}, {c['torch_threads']} thread(s) per rank"),
         *mpi_facts(result["mpi"]),

@@ -47,19 +47,29 @@ class Timing:
 
 @dataclass
 class Timer:
-    """Times named steps between barriers and keeps, for every iteration, the slowest rank."""
+    """Times named steps between barriers and keeps, for every iteration, the slowest rank.
+
+    On a GPU a step ends when what it queued has run.
+    """
 
     group: dist.ProcessGroup
     progress: Progress
+    device: str = "cpu"
     seconds: dict[str, list[float]] = field(default_factory=dict)
     on: bool = True
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
+        self._wait()
         dist.barrier(self.group)
         begin = time.perf_counter()
         yield
+        self._wait()
         self.record(name, time.perf_counter() - begin)
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def steps_of(self, who: str) -> Callable[[str], contextlib.AbstractContextManager[None]]:
         """:meth:`step` for the phases of a party: names are "who phase"."""
