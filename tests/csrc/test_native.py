@@ -69,14 +69,23 @@ class NativeTests:
     def program(self, source: Path) -> Path:
         target = self.folder / source.with_suffix("")
         (test,) = self._compile([source])
+        self._library(source)
         link = [*self.build.compiler(), *self.sanitizers, str(test), str(self.archive), "-o", str(target)]
         subprocess.run([*link, "-pthread", "-ldl", "-lrt"], check=True)
         return target
 
-    def _compile(self, sources: list[Path]) -> list[Path]:
-        objects: list[Path] = self.build.ObjectCompiler(self.folder).compile(
-            sources, dict.fromkeys(sources, self.flags)
-        )
+    def _library(self, test: Path) -> None:
+        """What test_a.cc opens at run time: a_stand_in.so beside the program, where its source has an a_stand_in.cc."""
+        source = test.with_name(f"{test.stem.removeprefix('test_')}_stand_in.cc")
+        if (ROOT / source).exists():
+            (library,) = self._compile([source], "-fPIC", "-fvisibility=hidden")
+            target = self.folder / source.with_suffix(".so")
+            link = [*self.build.compiler(), *self.sanitizers, "-shared", str(library), "-o", str(target)]
+            subprocess.run([*link, "-Wl,-z,defs", "-pthread"], check=True)
+
+    def _compile(self, sources: list[Path], *more: str) -> list[Path]:
+        flags = [*self.flags, *more]
+        objects: list[Path] = self.build.ObjectCompiler(self.folder).compile(sources, dict.fromkeys(sources, flags))
         return objects
 
 
