@@ -155,7 +155,10 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
             "install moe_efa again with MOE_EFA_CUDA=1 set and nvcc (CUDA 12.8 or newer) on PATH",
         )
     elif gpus and cuda["device"] is None:
-        warn(f"torch sees {gpus} GPU(s), but not so moe_efa: {cuda['error']}", "see the reason")
+        warn(
+            f"torch sees {gpus} GPU(s), but moe_efa cannot use the first: {cuda['error']}",
+            "update the NVIDIA driver, or install moe_efa again, built with the CUDA toolkit that suits it",
+        )
     if _release(facts["torch"]["version"]) < _OLDEST_TORCH:
         warn(f"torch {facts['torch']['version']} is older than 2.7", "pip install --upgrade torch")
     return sorted(problems, key=lambda problem: problem.severity)
@@ -233,9 +236,9 @@ def format_table(facts: dict[str, Any]) -> str:
 def _cuda_text(cuda: dict[str, Any]) -> str:
     device = cuda["device"]
     if device is None:
-        return f"built; no GPU can be used: {cuda['error']}" if cuda["built"] else "not built"
-    nic = "its memory can be given to a NIC" if device["dma_buf"] else "no NIC can be given its memory"
-    return f"built; opens GPU 0: {device['name']}, {device['num_sms']} SMs, {nic}"
+        return f"built, but no GPU can be used: {cuda['error']}" if cuda["built"] else "not built"
+    nics = "NICs can reach its memory" if device["dma_buf"] else "no NIC can reach its memory"
+    return f"built, opens GPU 0: {device['name']}, {device['num_sms']} SMs, {nics}"
 
 
 def _gib(count: int) -> str:
