@@ -113,7 +113,9 @@ class CudaDevice final : public Device {
     DeviceScope scope(primary_);
     CUDA_CHECK(cudaHostRegister(memory, bytes, cudaHostRegisterMapped | cudaHostRegisterPortable));
     void* mapped = nullptr;
-    CUDA_CHECK(cudaHostGetDevicePointer(&mapped, memory, 0));
+    cudaError_t error = cudaHostGetDevicePointer(&mapped, memory, 0);
+    if (error != cudaSuccess) cudaHostUnregister(memory);
+    check_cuda(error, "cudaHostGetDevicePointer");
     return mapped;
   }
   void unmap_host(void* memory) override {
