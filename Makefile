@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
-SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.h')
+SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.map')
 
 # A CUDA build of torch brings its own Triton; a CPU build brings none.
 TORCH_SUITS := import importlib.metadata as m; exit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 7))
@@ -40,10 +40,10 @@ lint: .venv/.extension ## ruff, mypy, codespell, clang-format (.pre-commit-confi
 format: .venv/.extension ## rewrites the sources as lint wants them
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
-	find csrc tests/csrc -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	find csrc tests/csrc -name '*.cc' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
 clean: ## removes what was built, not .venv
-	rm -rf build dist *.egg-info moe_efa/_C*.so .venv/.extension .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info moe_efa/_C*.so moe_efa/libmoe_efa_cuda.so .venv/.extension .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # Packages of the system: installed only where something is missing, and only with the rights to do so.

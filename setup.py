@@ -1,8 +1,10 @@
 """Builds moe_efa and its native extension moe_efa._C (pybind11; neither torch nor libfabric is linked).
 
 Read from the environment: CXX and CXXFLAGS as usual; MOE_EFA_NO_LIBFABRIC=1 leaves the libfabric rail out;
-MOE_EFA_CUDA=1 builds the CUDA kernels in, with nvcc; MOE_EFA_BUILD_JOBS bounds the compilers that run at once. Objects
-are kept in build/, so a second build compiles what changed. Everything that is not code is in pyproject.toml.
+MOE_EFA_CUDA=1 asks for the library that runs on GPUs, moe_efa/libmoe_efa_cuda.so, and MOE_EFA_CUDA=0 leaves it out
+(unset: built where there is a CUDA toolkit); the extension does not link it, but opens it where a GPU is used;
+MOE_EFA_BUILD_JOBS bounds the compilers that run at once. Objects are kept in build/, so a second build compiles what
+changed. Everything that is not code is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build" / f"objects-{sysconfig.get_platform()}"
 SOURCE_FOLDERS = (
     "common",
     "proto",
@@ -59,6 +63,8 @@ CUDA_COMPILE_FLAGS = (
     "-Xcompiler=-Wall",
     *(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in CUDA_ARCHITECTURES),
 )
+CUDA_LIBRARY = "libmoe_efa_cuda.so"  # beside the extension
+OLDEST_NVCC = (12, 8)  # the first that knows sm_100a
 LINK_FLAGS = ("-shared", "-pthread", "-Wl,--as-needed", "-ldl", "-lrt")
 
 
@@ -89,21 +95,44 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler: install g++ 11 or newer (Debian/Ubuntu: apt-get install g++), or set CXX")
 
 
+def find_toolkit_nvcc() -> Path | None:
+    """nvcc on PATH or of the usual toolkit."""
+    path = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    return path.resolve() if path.exists() else None
+
+
 def find_nvcc() -> Path | None:
-    """nvcc on PATH, of the usual toolkit, or of NVIDIA's Python packages."""
+    """nvcc of a toolkit, or of NVIDIA's Python packages."""
     wheels = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
-    candidates = [Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"), *wheels]
-    return next((path.resolve() for path in candidates if path.exists()), None)
+    return find_toolkit_nvcc() or next((path.resolve() for path in wheels), None)
 
 
-def asked_for_cuda() -> Path | None:
-    """The nvcc to build CUDA kernels with, where MOE_EFA_CUDA=1 asks for them."""
-    if os.environ.get("MOE_EFA_CUDA", "0") in ("", "0"):
+def nvcc_version(nvcc: Path) -> tuple[int, int]:
+    """(13, 0) for CUDA 13.0."""
+    result = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"\brelease (\d+)\.(\d+)", result.stdout)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def chosen_nvcc() -> Path | None:
+    """The nvcc to build the CUDA library with, None to leave it out: MOE_EFA_CUDA decides, or whether there is one."""
+    choice = os.environ.get("MOE_EFA_CUDA", "")
+    if choice == "0":
         return None
-    nvcc = find_nvcc()
+    # NVIDIA's Python packages come with a torch for GPUs too, to laptops that have no use for what they would build.
+    nvcc = find_nvcc() if choice else find_toolkit_nvcc()
     if nvcc is None:
-        raise BuildError("MOE_EFA_CUDA=1, but no nvcc on PATH, in /usr/local/cuda or in NVIDIA's Python packages")
-    return nvcc
+        if choice:
+            raise BuildError("MOE_EFA_CUDA=1, but no nvcc on PATH, in /usr/local/cuda or in NVIDIA's Python packages")
+        return None
+    version = nvcc_version(nvcc)
+    if version >= OLDEST_NVCC:
+        return nvcc
+    old = f"{nvcc} is of CUDA {version[0]}.{version[1]}; 12.8 or newer is needed"
+    if choice:
+        raise BuildError(f"MOE_EFA_CUDA=1, but {old}")
+    warn(f"moe_efa WARNING: building without the CUDA library: {old}.\n  MOE_EFA_CUDA=0 says that none is wanted.")
+    return None
 
 
 def cuda_toolkit(nvcc: Path) -> Path:
@@ -122,6 +151,20 @@ def cuda_link_flags(nvcc: Path) -> list[str]:
         if library.exists():
             return [str(library)]
     raise BuildError(f"no libcudart_static.a below {toolkit}")
+
+
+def build_cuda_library(nvcc: Path, folder: Path, target: Path, more_flags: Sequence[str] = ()) -> list[Path]:
+    """Compiles csrc/kernels/cuda/*.cu into `folder`, links `target`, which exports one symbol; returns the objects."""
+    kernels = ROOT / "csrc" / "kernels" / "cuda"
+    sources = [path.relative_to(ROOT) for path in sorted(kernels.glob("*.cu"))]
+    # The version, because the toolkit's headers do not count for "up to date".
+    version = "-DMOE_EFA_NVCC={}.{}".format(*nvcc_version(nvcc))
+    flags = [*CUDA_COMPILE_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", version, *more_flags]
+    objects = ObjectCompiler(folder).compile(sources, dict.fromkeys(sources, flags))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    link = [*compiler(), *map(str, objects), *cuda_link_flags(nvcc), "-o", str(target), *LINK_FLAGS]
+    _run([*link, f"-Wl,--version-script={kernels / 'cuda_library.map'}", "-Wl,-z,defs"])
+    return objects
 
 
 def find_libfabric() -> Libfabric:
@@ -191,7 +234,7 @@ class ObjectCompiler:
         stamp.unlink(missing_ok=True)
         print(f"compiling {source}", flush=True)
         start = time.time_ns()
-        _run(command)
+        _run(command, target.with_suffix(".log") if source.suffix == ".cu" else None)
         os.utime(target, ns=(start, start))  # an input that was edited during the compilation is newer
         stamp.write_text(signature)
         return target
@@ -210,8 +253,13 @@ def _without_system_folders(command: list[str]) -> list[str]:
     return [word for word in kept if word != "-isystem" or not next(kept)]
 
 
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, cwd=ROOT, check=False)
+def _run(command: list[str], log: Path | None = None) -> None:
+    """Runs a compiler or linker. What it says is shown, and kept in `log`."""
+    output = None if log is None else subprocess.PIPE
+    result = subprocess.run(command, cwd=ROOT, check=False, stdout=output, stderr=output and subprocess.STDOUT)
+    if log is not None:
+        log.write_bytes(result.stdout)
+        print(result.stdout.decode(errors="replace"), end="", flush=True)
     if result.returncode != 0:
         raise BuildError(f"exit status {result.returncode} from: {shlex.join(command)}")
 
@@ -245,20 +293,43 @@ class BuildExtension(build_ext):
             binding_flags += ["-isystem", str(include)]
 
         sources = source_files()
-        nvcc = asked_for_cuda()
-        binding_flags.append(f"-DMOE_EFA_HAVE_CUDA={int(nvcc is not None)}")
         flags = {path: common + (binding_flags if path.parts[1] == "bindings" else []) for path in sources}
-        link_flags = list(LINK_FLAGS)
-        if nvcc is not None:
-            link_flags += cuda_link_flags(nvcc)
-            kernels = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
-            for path in (kernel.relative_to(ROOT) for kernel in kernels):
-                sources.append(path)
-                flags[path] = [*CUDA_COMPILE_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        objects = ObjectCompiler(ROOT / "build" / f"objects-{sysconfig.get_platform()}").compile(sources, flags)
+        objects = ObjectCompiler(OBJECTS).compile(sources, flags)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([*compiler(), *map(str, objects), "-o", str(target), *link_flags])
+        _run([*compiler(), *map(str, objects), "-o", str(target), *LINK_FLAGS])
+        self._build_cuda_library(_cuda_library_beside(str(target)))
+
+    def _build_cuda_library(self, target: Path) -> None:
+        nvcc = chosen_nvcc()
+        if nvcc is None:
+            target.unlink(missing_ok=True)  # of an earlier build
+            print("CUDA library: left out", flush=True)
+            return
+        print(f"CUDA library: nvcc {nvcc}", flush=True)
+        try:
+            build_cuda_library(nvcc, OBJECTS, target)
+        except BuildError as error:
+            raise BuildError(f"{error}\n  MOE_EFA_CUDA=0 builds moe_efa without its CUDA library") from error
+
+    # The CUDA library goes where the extension goes: into a wheel, or beside the sources.
+
+    def get_outputs(self) -> list[str]:
+        outputs = super().get_outputs()
+        return [*outputs, *(str(path) for path in map(_cuda_library_beside, outputs) if path.exists())]
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            library, target = _cuda_library_beside(built), _cuda_library_beside(self.get_ext_fullpath(ext.name))
+            target.unlink(missing_ok=True)  # it may be in use
+            if library.exists():
+                shutil.copy2(library, target)
+
+
+def _cuda_library_beside(extension: str) -> Path:
+    return Path(extension).with_name(CUDA_LIBRARY)
 
 
 def packages() -> tuple[list[str], dict[str, str]]:

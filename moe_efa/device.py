@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_efa import env
+from moe_efa import cuda_library, env
 from moe_efa.errors import ConfigError
-
-CUDA_LIBRARY = Path(__file__).with_name("libmoe_efa_cuda.so")
 
 
 def resolve(device: torch.device | str | None) -> str:
@@ -20,7 +17,7 @@ def resolve(device: torch.device | str | None) -> str:
         ConfigError: for a device that this build, or this machine, does not have.
     """
     if device is None:
-        return "cuda" if torch.cuda.is_available() and CUDA_LIBRARY.exists() else "cpu"
+        return "cuda" if torch.cuda.is_available() and cuda_library.is_built() else "cpu"
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):
@@ -29,7 +26,7 @@ def resolve(device: torch.device | str | None) -> str:
         return "cpu"
     if asked.type != "cuda":
         raise ConfigError(f"device must be 'cpu' or 'cuda', not {device!r}")
-    if not CUDA_LIBRARY.exists():
+    if not cuda_library.is_built():
         raise ConfigError(
             "device='cuda', but moe_efa was built without CUDA: install it where nvcc is found "
             "(with MOE_EFA_CUDA=1 the build says why it is not)"
@@ -49,7 +46,7 @@ def native_options(device: str) -> dict[str, Any]:
         return {"device_library": library}
     if device == "cpu":
         return {}
-    return {"device_library": str(CUDA_LIBRARY), "device_index": torch.cuda.current_device()}
+    return {"device_library": str(cuda_library.PATH), "device_index": torch.cuda.current_device()}
 
 
 def of_tensors(device: str) -> torch.device:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_efa import _C, env, libfabric, topology
+from moe_efa import _C, cuda_library, env, errors, libfabric, topology
 from moe_efa._version import __version__
 
 _SHM_BYTES = 1 << 30  # one rank's default memory_budget_bytes
@@ -53,7 +53,8 @@ def examine(
     efa_devices = [nic.name for nic in host.nics]
     facts: dict[str, Any] = {
         "version": __version__,
-        "build": {key: build[key] for key in ("protocol_version", "compiler", "cuda", "libfabric_built")},
+        "build": {key: build[key] for key in ("protocol_version", "compiler", "libfabric_built")},
+        "cuda": _cuda_facts(),
         "libfabric": {key: build[f"libfabric_{key}"] for key in ("found", "path", "version", "error")},
         "providers": providers,
         "auto_provider": _C.libfabric_default_provider(**search) if found else "",
@@ -147,6 +148,17 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
             f"`ulimit -l` allows {memlock / 2**20:.0f} MiB of locked memory: EFA cannot register 1 GiB per rank",
             "ulimit -l unlimited (/etc/security/limits.conf; containers: --ulimit memlock=-1)",
         )
+    cuda, gpus = facts["cuda"], facts["torch"]["cuda_devices"]
+    if gpus and not cuda["built"]:
+        warn(
+            f"torch sees {gpus} GPU(s), but moe_efa was built without its CUDA library",
+            "install moe_efa again with MOE_EFA_CUDA=1 set and nvcc (CUDA 12.8 or newer) on PATH",
+        )
+    elif gpus and cuda["device"] is None:
+        warn(
+            f"torch sees {gpus} GPU(s), but moe_efa cannot use the first: {cuda['error']}",
+            "update the NVIDIA driver, or install moe_efa again, built with the CUDA toolkit that suits it",
+        )
     if _release(facts["torch"]["version"]) < _OLDEST_TORCH:
         warn(f"torch {facts['torch']['version']} is older than 2.7", "pip install --upgrade torch")
     return sorted(problems, key=lambda problem: problem.severity)
@@ -154,6 +166,15 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+def _cuda_facts() -> dict[str, Any]:
+    """Is the library for GPUs built, and what is the first GPU, or why can it not be used."""
+    built = cuda_library.is_built()
+    try:
+        return {"built": built, "device": cuda_library.device_facts(0), "error": ""}
+    except errors.ConfigError as error:
+        return {"built": built, "device": None, "error": str(error)}
 
 
 def _shm_facts(shm: Path) -> dict[str, int] | None:
@@ -188,7 +209,7 @@ def format_table(facts: dict[str, Any]) -> str:
     efa = facts["efa_devices"]
     rows = [
         ("moe_efa", f"{facts['version']}, protocol {build['protocol_version']}, compiler {build['compiler']}"),
-        ("CUDA kernels", "built" if build["cuda"] else "not built"),
+        ("CUDA library", _cuda_text(facts["cuda"])),
         ("libfabric headers", "built with" if build["libfabric_built"] else "built without"),
         ("libfabric", f"{library['version']} at {library['path']}" if library["found"] else "not found"),
         ("providers", ", ".join(facts["providers"]) or "none"),
@@ -210,6 +231,14 @@ def format_table(facts: dict[str, Any]) -> str:
         lines += ["", f"{problem['severity']}: {problem['text']}", f"  cure: {problem['cure']}"]
     verdict = "standalone use works here: moe-efa bench" if facts["ok"] else "standalone use does not work here yet"
     return "\n".join([*lines, "", verdict])
+
+
+def _cuda_text(cuda: dict[str, Any]) -> str:
+    device = cuda["device"]
+    if device is None:
+        return f"built, but no GPU can be used: {cuda['error']}" if cuda["built"] else "not built"
+    nics = "NICs can reach its memory" if device["dma_buf"] else "no NIC can reach its memory"
+    return f"built, opens GPU 0: {device['name']}, {device['num_sms']} SMs, {nics}"
 
 
 def _gib(count: int) -> str:

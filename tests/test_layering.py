@@ -18,7 +18,7 @@ import pytest
 CPP_LAYERS = (("common",), ("proto",), ("engine",), ("transport", "kernels"), ("runtime", "simulator"), ("bindings",))
 
 TORCH = re.compile(r"(torch|ATen|c10)/")
-CUDA = re.compile(r"cuda(_\w+)?\.h$|cuda/|cooperative_groups")
+CUDA = re.compile(r"cuda\w*\.h$|cuda/|cooperative_groups")
 LIBFABRIC = re.compile(r"rdma/fi_|rdma/fabric")
 PYTHON = re.compile(r"pybind11/|Python\.h$")
 INPUT_OUTPUT = re.compile(
@@ -28,7 +28,7 @@ INPUT_OUTPUT = re.compile(
 
 # The lowest first; a module may import its own group and those before it.
 PYTHON_LAYERS = (
-    ("_C", "_version", "env", "errors", "config", "device", "presets", "topology"),
+    ("_C", "_version", "env", "errors", "config", "cuda_library", "device", "presets", "topology"),
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
     ("handle", "native_group", "plan_tensor", "late_gradients"),
     ("ops",),
@@ -311,6 +311,7 @@ UNITS = frozenset(unit for group in PYTHON_LAYERS for unit in group) - {"__init_
         ("kernels/libfabric_a.cc", "fi_read(ep);", "call of fi_read"),
         ("engine/a.cc", "#include <cuda_runtime.h>", "below the CUDA kernels"),
         ("common/a.h", "#include <cuda.h>", "below the CUDA kernels"),
+        ("proto/a.h", "#include <cudaTypedefs.h>", "below the CUDA kernels"),
         ("kernels/launch.h", "#include <cuda_runtime.h>", "below the CUDA kernels"),
         ("kernels/cpu/a.cc", "#include <cuda_bf16.h>", "below the CUDA kernels"),
         ("engine/a.cc", "#include <thread>", "no threads, clocks or I/O"),

@@ -3,12 +3,9 @@
 
 #include "bindings/bindings.h"
 #include "proto/chunk.h"
+#include "runtime/device_library.h"
 #include "transport/libfabric_loader.h"
 #include "transport/libfabric_rail.h"
-
-#ifndef MOE_EFA_HAVE_CUDA
-#define MOE_EFA_HAVE_CUDA 0
-#endif
 
 namespace moe_efa::bindings {
 
@@ -22,7 +19,6 @@ void bind_build_info(py::module_& module) {
         py::dict out;
         out["protocol_version"] = proto::kProtocolVersion;
         out["compiler"] = __VERSION__;
-        out["cuda"] = MOE_EFA_HAVE_CUDA != 0;
         out["libfabric_built"] = info.built;
         out["libfabric_found"] = info.found;
         out["libfabric_path"] = info.path;
@@ -31,6 +27,24 @@ void bind_build_info(py::module_& module) {
         return out;
       },
       py::arg("libfabric") = "", py::arg("libfabric_hints") = std::vector<std::string>{});
+  module.def(
+      "device_facts",
+      [](const std::string& library, int index) {
+        kernels::DeviceFacts facts;
+        {
+          py::gil_scoped_release release;
+          facts = runtime::open_device(library, index)->facts();
+        }
+        py::dict out;
+        out["name"] = facts.name;
+        out["kind"] = facts.kind;
+        out["num_sms"] = facts.num_sms;
+        out["shares_memory"] = facts.shares_memory;
+        out["dma_buf"] = facts.dma_buf;
+        out["flushes_writes"] = facts.flushes_writes;
+        return out;
+      },
+      py::arg("library"), py::arg("index"));
   module.def(
       "libfabric_default_provider",
       [](const std::string& libfabric, const std::vector<std::string>& hints) {

@@ -1,5 +1,6 @@
 """Every CUDA kernel compiles for sm_80, sm_90a and sm_100a, without spills and within its registers and shared memory;
-pack and pull move 16 bytes at a time and publish by a system-scope release. Needs nvcc, but neither a GPU nor a driver.
+pack and pull move 16 bytes at a time and publish by a system-scope release. The library of them and of the device that
+launches them is the one that setup.py builds. Needs nvcc, but neither a GPU nor a driver.
 
 nvcc comes from PATH, from /usr/local/cuda, or from the Python packages of the extra `test`.
 """
@@ -8,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.util
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from moe_efa import ConfigError, cuda_library
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda-tests"
-SOURCES = sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))
+SOURCES = ROOT / "csrc" / "kernels" / "cuda"
+KERNELS = sorted(path.stem for path in SOURCES.glob("*.cu") if "__global__" in path.read_text())
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")  # what the package promises; setup.py says how each is compiled
-JOBS = 2
 REGISTERS_OF_SM = 65536
 SHARED_BYTES = 48 * 1024  # what a launch gets without asking for more
 
@@ -85,40 +86,19 @@ def find_cuobjdump(nvcc: Path) -> Path:
 
 
 class Compiled:
-    """The objects and what ptxas said of them; kept until an input changes."""
+    """The library, its objects and what ptxas said of them; kept until an input changes."""
 
     def __init__(self, build: ModuleType) -> None:
-        self.nvcc = find_nvcc(build)
-        self.flags = [*build.CUDA_COMPILE_FLAGS, "-Werror=all-warnings", "-Xptxas=-v"]
-        self.cuobjdump = find_cuobjdump(self.nvcc)
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        version = subprocess.run([self.nvcc, "--version"], capture_output=True, check=True).stdout
-        digest = hashlib.sha256(version + " ".join(self.flags).encode())
-        for path in sorted((ROOT / "csrc").rglob("*")):
-            if path.suffix == ".h" and path.parts[len(ROOT.parts) + 1] in ("common", "proto", "kernels"):
-                digest.update(path.read_bytes())
-        self.inputs = digest.hexdigest()
-        with ThreadPoolExecutor(JOBS) as pool:
-            self.reports = dict(zip([path.stem for path in SOURCES], pool.map(self.compile, SOURCES), strict=True))
-
-    def compile(self, source: Path) -> str:
-        """Compiles for all architectures in one call; returns what was printed."""
-        target, log, stamp = (FOLDER / f"{source.stem}{suffix}" for suffix in (".o", ".log", ".stamp"))
-        signature = hashlib.sha256(self.inputs.encode() + source.read_bytes()).hexdigest()
-        if target.exists() and log.exists() and stamp.exists() and stamp.read_text() == signature:
-            return log.read_text()
-        stamp.unlink(missing_ok=True)
-        command = [self.nvcc, *self.flags, "-Icsrc", "-c", source, "-o", target]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        text = result.stdout + result.stderr
-        assert result.returncode == 0, f"nvcc refuses {source.name}:\n{text}"
-        log.write_text(text)
-        stamp.write_text(signature)
-        return text
+        nvcc = find_nvcc(build)
+        self.cuobjdump = find_cuobjdump(nvcc)
+        self.library = FOLDER / build.CUDA_LIBRARY
+        objects = build.build_cuda_library(nvcc, FOLDER, self.library, ["-Werror=all-warnings", "-Xptxas=-v"])
+        self.objects: dict[str, Path] = {path.stem: path for path in objects}
+        self.reports = {stem: path.with_suffix(".log").read_text() for stem, path in self.objects.items()}
 
     def sass(self, stem: str, arch: str) -> list[str]:
         """The instructions of an object."""
-        command = [self.cuobjdump, "-sass", "-arch", arch, FOLDER / f"{stem}.o"]
+        command = [self.cuobjdump, "-sass", "-arch", arch, self.objects[stem]]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);", text)
 
@@ -129,11 +109,11 @@ def compiled(build: ModuleType) -> Compiled:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stem", [path.stem for path in SOURCES])
+@pytest.mark.parametrize("stem", KERNELS)
 def test_kernels_fit_without_spills(stem: str, compiled: Compiled) -> None:
     usages = parse_usage(compiled.reports[stem])
     assert {arch for _, arch in usages} == set(ARCHITECTURES)
-    bounds = re.findall(r"__launch_bounds__\((\w+)", (ROOT / "csrc/kernels/cuda" / f"{stem}.cu").read_text())
+    bounds = re.findall(r"__launch_bounds__\((\w+)", (SOURCES / f"{stem}.cu").read_text())
     (threads,) = {constant(name) for name in bounds}
     for (kernel, arch), usage in usages.items():
         print(f"{kernel} {arch}: {usage}")
@@ -145,7 +125,7 @@ def test_kernels_fit_without_spills(stem: str, compiled: Compiled) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("stem", [path.stem for path in SOURCES if path.stem != "plan"])
+@pytest.mark.parametrize("stem", [stem for stem in KERNELS if stem != "plan"])
 def test_instructions(stem: str, arch: str, compiled: Compiled) -> None:
     instructions = compiled.sass(stem, arch)
     assert instructions, f"no code for {arch}"
@@ -169,11 +149,101 @@ def constant(name: str) -> int:
     """The value of a kCamel constant of the CUDA kernels."""
     if name.isdigit():
         return int(name)
-    for path in sorted((ROOT / "csrc/kernels/cuda").glob("*.h")):
+    for path in sorted(SOURCES.glob("*.h")):
         match = re.search(rf"constexpr std::uint32_t {name} = (\d+);", path.read_text())
         if match:
             return int(match[1])
     raise AssertionError(f"no constant {name}")
+
+
+def test_every_kernel_is_loaded_before_one_may_wait() -> None:
+    (loaded,) = re.findall(r"for \(const void\* kernel : \{([^}]*)\}", (SOURCES / "cuda_device.cu").read_text())
+    assert sorted(re.findall(r"(\w+)_kernel_entry\(\)", loaded)) == KERNELS
+    text = "".join((SOURCES / f"{stem}.cu").read_text() for stem in KERNELS)
+    assert text.count("__global__") == len(KERNELS), "a kernel without an entry"
+
+
+def readelf(library: Path, *options: str) -> str:
+    return subprocess.run(["readelf", "-W", *options, library], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.timeout(900)
+def test_library_exports_one_symbol_and_links_no_cuda(compiled: Compiled) -> None:
+    symbols = [line.split() for line in readelf(compiled.library, "--dyn-syms").splitlines()]
+    exported = [words[7] for words in symbols if len(words) > 7 and words[4] != "LOCAL" and words[6].isdecimal()]
+    assert exported == ["moe_efa_open_device"]
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", readelf(compiled.library, "-d"))
+    assert any(name.startswith("libstdc++") for name in needed), needed
+    assert not [name for name in needed if any(word in name for word in ("cuda", "torch", "c10", "python"))]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What moe_efa_open_device returned and wrote."""
+
+    device: int | None
+    error: str
+
+
+def open_device(library: Path, *, abi: int, index: int, error_bytes: int = 1024) -> Opened:
+    function = ctypes.CDLL(str(library)).moe_efa_open_device
+    function.restype = ctypes.c_void_p
+    function.argtypes = (ctypes.c_uint32, ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+    error = ctypes.create_string_buffer(b"?" * 1024)
+    device = function(abi, index, error, error_bytes)
+    return Opened(device, error.value.decode())
+
+
+def device_abi() -> int:
+    match = re.search(r"kDeviceAbi = (\d+);", (ROOT / "csrc/kernels/device.h").read_text())
+    assert match
+    return int(match[1])
+
+
+@pytest.mark.timeout(900)
+def test_library_opens_without_a_driver_and_says_what_is_missing(compiled: Compiled) -> None:
+    opened = open_device(compiled.library, abi=device_abi(), index=-1)
+    assert opened.device is None
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert opened.error == "there is no NVIDIA driver (libcuda.so.1) here"
+    else:
+        assert "there is no GPU -1: this process sees" in opened.error
+    assert open_device(compiled.library, abi=device_abi(), index=-1, error_bytes=9).error == opened.error[:8]
+    with pytest.raises(ConfigError, match=f"{compiled.library}: {re.escape(opened.error)}"):
+        cuda_library.device_facts(-1, library=compiled.library)
+
+
+@pytest.mark.timeout(900)
+def test_library_refuses_callers_of_another_build(compiled: Compiled) -> None:
+    opened = open_device(compiled.library, abi=device_abi() + 1, index=0)
+    assert opened.device is None
+    assert f"device interface {device_abi()}, not {device_abi() + 1}" in opened.error
+    assert "build moe_efa again" in opened.error
+
+
+def test_choice_of_a_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toolkit, wheel = tmp_path / "toolkit", tmp_path / "wheel"
+    for path, version in ((toolkit, "12.4"), (wheel, "13.0")):
+        path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
+        path.chmod(0o755)
+
+    def choose(choice: str, *, found: Path | None, in_toolkit: bool) -> Path | None:
+        monkeypatch.setenv("MOE_EFA_CUDA", choice)
+        monkeypatch.setattr(build, "find_nvcc", lambda: found)
+        monkeypatch.setattr(build, "find_toolkit_nvcc", lambda: found if in_toolkit else None)
+        chosen: Path | None = build.chosen_nvcc()
+        return chosen
+
+    assert choose("0", found=wheel, in_toolkit=True) is None
+    assert choose("", found=wheel, in_toolkit=True) == wheel
+    assert choose("", found=wheel, in_toolkit=False) is None, "nobody asked"
+    assert choose("1", found=wheel, in_toolkit=False) == wheel
+    assert choose("", found=toolkit, in_toolkit=True) is None, "too old"
+    for found, reason in ((None, "no nvcc"), (toolkit, r"CUDA 12\.4; 12\.8 or newer")):
+        with pytest.raises(build.BuildError, match=reason):
+            choose("1", found=found, in_toolkit=True)
 
 
 def test_parser_sees_spills() -> None:

@@ -1,10 +1,11 @@
 """The command `moe-efa`: doctor and plan, their JSON and exit status, and how a launch is recognised."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from moe_efa import _C, ConfigError, ExpertParallelConfig, cli, doctor, env, libfabric, plan
+from moe_efa import _C, ConfigError, ExpertParallelConfig, cli, cuda_library, doctor, env, libfabric, plan
 from moe_efa.presets import PRESETS
 
 LAUNCH_VARIABLES = (
@@ -19,6 +20,9 @@ LAUNCH_VARIABLES = (
     "SLURM_JOB_NODELIST",
     "SLURM_JOB_ID",
 )
+SEES_GPUS = {"version": "2.13.0", "gloo": True, "cuda_devices": 2}
+REFUSES = {"built": True, "device": None, "error": "the driver is too old"}
+GPU = {"name": "NVIDIA A", "kind": "cuda", "num_sms": 132, "shares_memory": True, "dma_buf": True}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,8 @@ def healthy_facts():
         "efa_devices": ["rdmap0s6"],
         "shm": {"bytes": 64 << 30, "free_bytes": 64 << 30},
         "memlock_bytes": None,
-        "torch": {"version": "2.13.0+cpu", "gloo": True},
+        "cuda": {"built": False, "device": None, "error": "not built"},
+        "torch": {"version": "2.13.0+cpu", "gloo": True, "cuda_devices": 0},
     }
 
 
@@ -59,6 +64,32 @@ def test_doctor_table_ends_with_a_verdict(capsys):
     assert ("standalone use works here" in text) == (status == 0)
 
 
+@pytest.mark.parametrize(
+    ("cuda", "text"),
+    [
+        ({"built": False, "device": None, "error": "was built without"}, "not built"),
+        (REFUSES, "built, but no GPU can be used: the driver is too old"),
+        (
+            {"built": True, "device": GPU, "error": ""},
+            "built, opens GPU 0: NVIDIA A, 132 SMs, NICs can reach its memory",
+        ),
+        ({"built": True, "device": {**GPU, "dma_buf": False}, "error": ""}, "132 SMs, no NIC can reach its memory"),
+    ],
+    ids=["absent", "refuses", "opens", "without-dma-buf"],
+)
+def test_doctor_says_what_became_of_the_cuda_library(cuda, text, monkeypatch):
+    monkeypatch.setattr(doctor, "_cuda_facts", lambda: cuda)
+    (line,) = [line for line in doctor.format_table(doctor.examine()).splitlines() if line.startswith("CUDA library")]
+    assert text in line
+
+
+def test_cuda_library_that_is_none_is_refused_with_its_path(tmp_path):
+    with pytest.raises(ConfigError, match=r"built without its CUDA library .*absent\.so.*MOE_EFA_CUDA=1"):
+        cuda_library.device_facts(library=tmp_path / "absent.so")
+    with pytest.raises(ConfigError, match=rf"{_C.__file__}: it has no moe_efa_open_device"):
+        cuda_library.device_facts(library=Path(_C.__file__))
+
+
 def test_a_healthy_host_has_no_problems():
     assert doctor.find_problems(healthy_facts()) == []
 
@@ -73,8 +104,10 @@ def test_a_healthy_host_has_no_problems():
         ({"shm": None}, "error", "/dev/shm", "mount"),
         ({"shm": {"bytes": 64 << 20, "free_bytes": 64 << 20}}, "warning", "64 MiB", "--shm-size"),
         ({"memlock_bytes": 8 << 20}, "error", "ulimit -l", "memlock"),
-        ({"torch": {"version": "2.6.0", "gloo": True}}, "warning", "older", "upgrade"),
-        ({"torch": {"version": "2.13.0", "gloo": False}}, "error", "gloo", "install torch"),
+        ({"torch": {"version": "2.6.0", "gloo": True, "cuda_devices": 0}}, "warning", "older", "upgrade"),
+        ({"torch": {"version": "2.13.0", "gloo": False, "cuda_devices": 0}}, "error", "gloo", "install torch"),
+        ({"torch": SEES_GPUS}, "warning", "2 GPU(s), but moe_efa was built without", "MOE_EFA_CUDA=1"),
+        ({"torch": SEES_GPUS, "cuda": REFUSES}, "warning", "too old", "driver"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -17,6 +17,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
 
 }  // namespace
 
+const void* combine_kernel_entry() { return reinterpret_cast<const void*>(combine_kernel); }
+
 void launch_combine(const CombineArgs& args, const CombineBlocks& blocks, void* stream) {
   launch_resident(combine_kernel, blocks.publish + blocks.forward + blocks.reduce, kCombineThreads, 0, stream, args,
                   blocks);

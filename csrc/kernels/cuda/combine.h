@@ -58,4 +58,6 @@ struct CombineBlocks {
 // Throws StatusError naming the call that failed, as it does for a grid that cannot be resident.
 void launch_combine(const CombineArgs& args, const CombineBlocks& blocks, void* stream);
 
+const void* combine_kernel_entry();  // for loading it before it is launched
+
 }  // namespace moe_efa::kernels::cuda

@@ -16,9 +16,10 @@ __global__ void __launch_bounds__(kPackThreads, 1) pack_kernel(const __grid_cons
 
 }  // namespace
 
+const void* pack_kernel_entry() { return reinterpret_cast<const void*>(pack_kernel); }
+
 void launch_pack(const PackArgs& args, std::uint32_t num_blocks, void* stream) {
-  pack_kernel<<<num_blocks, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  CUDA_CHECK(cudaGetLastError());
+  launch_grid(pack_kernel, num_blocks, kPackThreads, stream, args);
 }
 
 }  // namespace moe_efa::kernels::cuda

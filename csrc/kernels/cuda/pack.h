@@ -46,4 +46,6 @@ inline constexpr std::uint32_t kPackBlocks = 6;                       // one for
 // Queues the kernel on `stream` (a cudaStream_t). Throws StatusError naming the call that failed.
 void launch_pack(const PackArgs& args, std::uint32_t num_blocks, void* stream);
 
+const void* pack_kernel_entry();  // for loading it before it is launched
+
 }  // namespace moe_efa::kernels::cuda

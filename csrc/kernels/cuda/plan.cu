@@ -17,6 +17,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1) plan_kernel(const __grid_cons
 
 }  // namespace
 
+const void* plan_kernel_entry() { return reinterpret_cast<const void*>(plan_kernel); }
+
 void launch_plan(const PlanArgs& args, void* stream) {
   std::uint32_t warps = kPlanThreads / kWarpSize;
   while (warps > 1 && plan_shared_words(args.config, warps) > kPlanSharedWords) warps /= 2;

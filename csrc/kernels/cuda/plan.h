@@ -53,4 +53,6 @@ constexpr std::uint32_t most_send_chunks(const proto::LayoutConfig& config, std:
 // token or more experts than its counters have room for.
 void launch_plan(const PlanArgs& args, void* stream);
 
+const void* plan_kernel_entry();  // for loading it before it is launched
+
 }  // namespace moe_efa::kernels::cuda

@@ -22,6 +22,8 @@ __global__ void __launch_bounds__(kPullThreads, 1)
 
 }  // namespace
 
+const void* pull_kernel_entry() { return reinterpret_cast<const void*>(pull_kernel); }
+
 void launch_pull(const PullArgs& args, std::uint32_t num_blocks, const PackArgs* rest, std::uint32_t pack_blocks,
                  void* stream) {
   launch_resident(pull_kernel, num_blocks, kPullThreads, 0, stream, args, rest == nullptr ? PackArgs{} : *rest,

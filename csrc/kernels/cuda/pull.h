@@ -51,4 +51,6 @@ inline constexpr std::uint32_t kPullThreads = 256;
 void launch_pull(const PullArgs& args, std::uint32_t num_blocks, const PackArgs* rest, std::uint32_t pack_blocks,
                  void* stream);
 
+const void* pull_kernel_entry();  // for loading it before it is launched
+
 }  // namespace moe_efa::kernels::cuda
