@@ -34,6 +34,7 @@ SOURCE_FOLDERS = (
     "kernels",
     "kernels/cpu",
     "kernels/cuda",
+    "kernels/device",
     "simulator",
     "runtime",
     "bindings",

@@ -24,7 +24,6 @@ struct DeviceFacts {
   bool shares_memory = true;    // export_memory() works: the ranks of a node may read each other's device memory
   bool dma_buf = false;         // dma_buf() works
   bool flushes_writes = false;  // writes of a NIC are seen by kernels only after flush_writes()
-  int index = 0;                // of the device, as its driver counts for this process
 };
 
 // Calls may come from any thread. Whatever goes wrong is a StatusError that names the call.

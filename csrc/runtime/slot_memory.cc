@@ -35,7 +35,7 @@ void check(const GroupConfig& config, const kernels::Device* device) {
 
 SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& layout,
                        std::shared_ptr<kernels::Device> device)
-    : layout_(layout), device_(std::move(device)) {
+    : layout_(layout), device_(std::move(device)), index_(config.device_index) {
   check(config, device_.get());
   if (config.buffers == "host") return;
   std::uint64_t bytes = layout_.total_bytes() - layout_.slots_begin();
@@ -73,7 +73,7 @@ transport::MemoryDescriptor SlotMemory::descriptor() const {
   transport::MemoryDescriptor descriptor;
   if (!apart() || device_->facts().kind != kCuda) return descriptor;
   descriptor.kind = transport::MemoryDescriptor::Kind::kCuda;
-  descriptor.device = device_->facts().index;
+  descriptor.device = index_;
   descriptor.dmabuf_fd = dmabuf_fd_;
   descriptor.dmabuf_offset = dmabuf_offset_;
   return descriptor;

@@ -49,6 +49,7 @@ class SlotMemory {
 
   proto::RegionLayout layout_;
   std::shared_ptr<kernels::Device> device_;
+  int index_;
   std::byte* slots_ = nullptr;
   std::string exported_;
   std::map<std::string, std::byte*> imported_;

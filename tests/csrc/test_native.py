@@ -30,9 +30,10 @@ THREAD_FOLDER = ROOT / "build" / "thread-tests"
 THREAD_SANITIZER = ["-fsanitize=thread"]
 # Everything that runs where ranks are threads, built without libfabric.
 THREAD_LIBRARY = re.compile(
-    r"csrc/(engine|kernels/cpu|kernels/cuda|transport|runtime)/|csrc/simulator/(workload|reference)"
+    r"csrc/(engine|kernels/(cpu|cuda|device)|transport|runtime)/|csrc/simulator/(workload|reference)"
 )
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
+EMULATED_DEVICE = HERE.relative_to(ROOT) / "device" / "emulated_device.cc"
 # A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
 LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"
 LEAK_OPTIONS = f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0"
@@ -69,14 +70,23 @@ class NativeTests:
     def program(self, source: Path) -> Path:
         target = self.folder / source.with_suffix("")
         (test,) = self._compile([source])
+        self._library(source)
         link = [*self.build.compiler(), *self.sanitizers, str(test), str(self.archive), "-o", str(target)]
         subprocess.run([*link, "-pthread", "-ldl", "-lrt"], check=True)
         return target
 
-    def _compile(self, sources: list[Path]) -> list[Path]:
-        objects: list[Path] = self.build.ObjectCompiler(self.folder).compile(
-            sources, dict.fromkeys(sources, self.flags)
-        )
+    def _library(self, test: Path) -> None:
+        """What test_a.cc opens at run time: a_stand_in.so beside the program, where its source has an a_stand_in.cc."""
+        source = test.with_name(f"{test.stem.removeprefix('test_')}_stand_in.cc")
+        if (ROOT / source).exists():
+            (library,) = self._compile([source], "-fPIC", "-fvisibility=hidden")
+            target = self.folder / source.with_suffix(".so")
+            link = [*self.build.compiler(), *self.sanitizers, "-shared", str(library), "-o", str(target)]
+            subprocess.run([*link, "-Wl,-z,defs", "-pthread"], check=True)
+
+    def _compile(self, sources: list[Path], *more: str) -> list[Path]:
+        flags = [*self.flags, *more]
+        objects: list[Path] = self.build.ObjectCompiler(self.folder).compile(sources, dict.fromkeys(sources, flags))
         return objects
 
 
@@ -94,13 +104,15 @@ def tools(build: ModuleType) -> None:
 def native_tests(tools: None, build: ModuleType) -> NativeTests:
     """Everything compiled, in parallel."""
     flags = [*SANITIZERS, *build.find_libfabric().flags]
-    return NativeTests(build, FOLDER, flags, build.source_files(bindings=False), SOURCES)
+    library = [*build.source_files(bindings=False), EMULATED_DEVICE]
+    return NativeTests(build, FOLDER, flags, library, SOURCES)
 
 
 @pytest.fixture(scope="module")
 def thread_tests(tools: None, build: ModuleType) -> NativeTests:
     """What the tests of threads need, with a thread sanitizer."""
     library = [path for path in build.source_files(bindings=False) if THREAD_LIBRARY.match(path.as_posix())]
+    library.append(EMULATED_DEVICE)
     return NativeTests(build, THREAD_FOLDER, THREAD_SANITIZER, library, THREAD_SOURCES)
 
 
