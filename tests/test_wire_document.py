@@ -48,6 +48,11 @@ def test_dtypes() -> None:
     assert {row[0]: int(row[1]) for row in TABLES["dtype"]} == LAYOUT["dtypes"]
 
 
+def test_parts_of_a_region() -> None:
+    documented = {re.split(r"[ \[]", row[0])[0]: row[1] for row in TABLES["part"]}
+    assert documented == LAYOUT["parts"]
+
+
 def test_flags() -> None:
     assert {row[0]: int(row[1]) for row in TABLES["flag"]} == LAYOUT["flags"]
 

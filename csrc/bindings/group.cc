@@ -90,6 +90,8 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.chunk_rows = py::cast<std::uint32_t>(value);
     else if (name == "slots")
       config.slots = py::cast<std::uint32_t>(value);
+    else if (name == "buffers")
+      config.buffers = py::cast<std::string>(value);
     else if (name == "device_library")
       config.device_library = py::cast<std::string>(value);
     else if (name == "device_index")

@@ -4,6 +4,7 @@
 #include "bindings/bindings.h"
 #include "proto/chunk.h"
 #include "proto/imm.h"
+#include "proto/region.h"
 
 namespace moe_efa::bindings {
 
@@ -73,6 +74,25 @@ py::dict structs() {
 
 #undef MOE_EFA_FIELD
 
+// On which side of RegionLayout::slots_begin() the parts of a region lie.
+py::dict parts() {
+  proto::LayoutConfig config;
+  config.num_nodes = config.node_size = 2;
+  const proto::RegionLayout layout(config, 0);
+  constexpr auto kPhase = proto::Phase::kDispatch;
+  py::dict out;
+  auto put = [&](const char* name, std::uint64_t offset) {
+    out[name] = offset < layout.slots_begin() ? "before" : "slots";
+  };
+  put("flags", layout.flag_bytes() - 1);
+  put("counts", layout.counts(kPhase, 1, 1));
+  put("counts_send", layout.counts_send(proto::Phase::kCombine, 1, 1) + layout.counts_bytes() - 1);
+  put("ring", layout.ring_slot(kPhase, 1, 0));
+  put("send", layout.send_slot(kPhase, 1, 0));
+  put("publish", layout.publish_slot(0, 0, 0));
+  return out;
+}
+
 py::dict wire_layout() {
   using proto::ImmKind;
   py::dict imm, kinds, flags, dtypes, out;
@@ -99,6 +119,7 @@ py::dict wire_layout() {
   out["flags"] = flags;
   out["dtypes"] = dtypes;
   out["structs"] = structs();
+  out["parts"] = parts();
   return out;
 }
 

@@ -20,6 +20,7 @@ enum class Mutant {
   kBatchedOrderCompletion,   // the k-th completion is taken to be that of the k-th write
   kOverflowUntold,           // a chunk that lost rows does not say so
   kLostRowsSummed,           // a mate that lost its rows of a token is thought to have published them
+  kHeaderUnchecked,          // a call uses a chunk whatever its header says
 };
 
 #ifdef MOE_EFA_MUTANTS

@@ -43,6 +43,7 @@ Engine::Engine(const EngineConfig& config)
       layout_(config.layout, config.topology.node()),
       region_(config.region),
       slots_(config.slots != nullptr ? config.slots : config.region),
+      reads_slots_(config.reads_slots),
       max_writes_per_nic_(config.max_writes_per_nic),
       credit_batch_(std::max(1u, config.layout.slots / 4)),
       largest_chunk_bytes_(std::max(layout_.slot_bytes(Phase::kDispatch), layout_.slot_bytes(Phase::kCombine))),
@@ -59,7 +60,7 @@ Engine::Engine(const EngineConfig& config)
     receive_[p].resize(nodes);
     for (auto& ring : send_[p]) ring.done.assign(slots, 0);
     for (auto& ring : receive_[p]) ring.landed.assign(slots, 0);
-    counts_seen_[p].assign(std::size_t{nodes} * 2, 0);
+    counts_[p].assign(std::size_t{nodes} * 2, {});
     inflight_bytes_[p].assign(std::size_t{nodes} * slots, 0);
   }
 }
@@ -330,6 +331,14 @@ bool Engine::epoch_is_live(Phase phase, std::uint64_t epoch) const {
   return epoch == begun || epoch + 1 == begun;
 }
 
+// Of the two live epochs, the one with these low bits.
+std::optional<std::uint64_t> Engine::live_epoch(Phase phase, std::uint32_t low_bits) const {
+  std::uint64_t begun = begun_[index(phase)];
+  if (begun % proto::kImmEpochModulus == low_bits) return begun;
+  if (begun > 0 && (begun - 1) % proto::kImmEpochModulus == low_bits) return begun - 1;
+  return std::nullopt;
+}
+
 void Engine::on_remote_imm(std::uint32_t bits, std::uint32_t bytes) {
   if (failed()) return;
   Imm imm = Imm::decode(bits);
@@ -380,23 +389,39 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
   ReceiveRing& ring = receive_ring(phase, node);
   const proto::LayoutConfig& config = layout_.config();
   std::uint64_t seq = proto::expand_value(imm.value, ring.released);
-  auto reject = [&](std::int64_t epoch, const std::string& text) {
-    protocol_error(node, phase, epoch, static_cast<std::int64_t>(seq), text);
-  };
+  auto reject = [&](const char* text) { protocol_error(node, phase, -1, static_cast<std::int64_t>(seq), text); };
   // The window: what was credited plus S. A sender that writes outside it broke I2; a second arrival broke SRD.
-  if (seq >= ring.credited + config.slots) return reject(-1, "outside the credit window");
+  if (seq >= ring.credited + config.slots) return reject("outside the credit window");
   std::uint64_t& landed = ring.landed[seq % config.slots];
-  if (landed == seq + 1) return reject(-1, "arrived twice");
+  if (landed == seq + 1) return reject("arrived twice");
+  if (!(reads_slots_ ? check_header(phase, imm, seq, bytes) : check_arrival(phase, imm, seq, bytes))) return;
+  landed = seq + 1;
+  ++ring.arrived;
+  actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq});
+  if (mutant(Mutant::kChunkTrustedEarly) && seq > ring.released && ring.landed[(seq - 1) % config.slots] < seq) {
+    actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq - 1});
+  }
+  if (mutant(Mutant::kCreditOnArrival)) {
+    ring.released = std::max(ring.released, seq + 1);
+    consider_credit(phase, node);
+  }
+}
 
+bool Engine::check_header(Phase phase, const Imm& imm, std::uint64_t seq, std::uint32_t bytes) {
+  const proto::LayoutConfig& config = layout_.config();
+  auto reject = [&](std::int64_t epoch, const std::string& text) {
+    protocol_error(imm.source_node, phase, epoch, static_cast<std::int64_t>(seq), text);
+    return false;
+  };
   proto::ChunkHeader header;
-  std::memcpy(&header, slots_ + layout_.ring_slot(phase, node, seq), sizeof(header));
+  std::memcpy(&header, slots_ + layout_.ring_slot(phase, imm.source_node, seq), sizeof(header));
   auto epoch = static_cast<std::int64_t>(header.epoch);
   bool replay = (header.flags & proto::kFlagReplay) != 0;
   bool grads = (header.flags & proto::kFlagWeightGrads) != 0;
   if (header.magic != proto::kChunkMagic || header.version != proto::kProtocolVersion) {
     return reject(-1, "not a chunk header of protocol version " + std::to_string(proto::kProtocolVersion));
   }
-  if (header.phase != index(phase) || header.seq != seq || header.source_rank != topology_.rail_peer(node)) {
+  if (header.phase != index(phase) || header.seq != seq || header.source_rank != topology_.rail_peer(imm.source_node)) {
     return reject(epoch, "header (phase " + std::to_string(header.phase) + ", chunk " + std::to_string(header.seq) +
                              ", rank " + std::to_string(header.source_rank) + ") contradicts its immediate");
   }
@@ -422,34 +447,74 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
     return reject(epoch, "size " + std::to_string(header.total_bytes) + " where " + std::to_string(expected) +
                              " follows from its header and " + std::to_string(bytes) + " arrived");
   }
-  landed = seq + 1;
-  ++ring.arrived;
-  actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq});
-  if (mutant(Mutant::kChunkTrustedEarly) && seq > ring.released && ring.landed[(seq - 1) % config.slots] < seq) {
-    actions_.push_back({Action::Kind::kChunkArrived, phase, node, seq - 1});
+  return true;
+}
+
+// Where only the GPU sees slots: all that the immediate, the length and the counts say. The header is the kernels' to
+// check, who use no chunk before they know its counts.
+bool Engine::check_arrival(Phase phase, const Imm& imm, std::uint64_t seq, std::uint32_t bytes) {
+  std::uint32_t node = imm.source_node;
+  std::optional<std::uint64_t> epoch = live_epoch(phase, imm.epoch);
+  if (!epoch) {
+    protocol_error(node, phase, -1, static_cast<std::int64_t>(seq),
+                   "stale or future epoch (" + std::to_string(imm.epoch) + " mod 16, " +
+                       std::to_string(begun_[index(phase)]) + " begun here)");
+    return false;
   }
-  if (mutant(Mutant::kCreditOnArrival)) {
-    ring.released = std::max(ring.released, seq + 1);
-    consider_credit(phase, node);
+  if (bytes != 0 && (bytes < sizeof(proto::ChunkHeader) || bytes > layout_.slot_bytes(phase))) {
+    protocol_error(node, phase, static_cast<std::int64_t>(*epoch), static_cast<std::int64_t>(seq),
+                   "a chunk of " + std::to_string(bytes) + " bytes");
+    return false;
   }
+  Arrival arrival{seq, *epoch, bytes, imm.last};
+  const Announced& counts = counts_[index(phase)][node * 2 + *epoch % 2];
+  if (counts.epoch_plus_1 == *epoch + 1) return check_announced(phase, node, counts, arrival);
+  receive_ring(phase, node).unannounced.push_back(arrival);
+  return true;
+}
+
+bool Engine::check_announced(Phase phase, std::uint32_t node, const Announced& counts, const Arrival& arrival) {
+  auto reject = [&](const std::string& text) {
+    protocol_error(node, phase, static_cast<std::int64_t>(arrival.epoch), static_cast<std::int64_t>(arrival.seq), text);
+    return false;
+  };
+  std::uint64_t chunk = arrival.seq - counts.first_seq;  // wraps for one before the first
+  if (chunk >= counts.num_chunks) {
+    return reject("not one of the " + std::to_string(counts.num_chunks) + " chunks announced from " +
+                  std::to_string(counts.first_seq) + " on");
+  }
+  bool last = chunk + 1 == counts.num_chunks;
+  if (arrival.last != last) return reject("last mark contradicts the announced number of chunks");
+  if (arrival.bytes == 0) return true;
+  const proto::LayoutConfig& config = layout_.config();
+  auto first_row = static_cast<std::uint32_t>(chunk) * counts.rows_per_chunk;
+  std::uint32_t rows = std::min(counts.rows_per_chunk, counts.rows - first_row);
+  std::uint64_t row_bytes = proto::hidden_row_bytes(config.hidden_size, counts.dtype);
+  bool replay = (counts.flags & proto::kFlagReplay) != 0, grads = (counts.flags & proto::kFlagWeightGrads) != 0;
+  std::uint64_t least, most;
+  if (phase == Phase::kDispatch) {  // every row has an entry and at most top_k
+    least = proto::dispatch_chunk_bytes(replay, rows, rows, row_bytes);
+    most = proto::dispatch_chunk_bytes(replay, rows, rows * config.top_k, row_bytes);
+  } else {
+    least = most = proto::combine_chunk_bytes(grads, rows, config.top_k, row_bytes);
+  }
+  if (arrival.bytes >= least && arrival.bytes <= most) return true;
+  return reject(std::to_string(arrival.bytes) + " bytes arrived where the counts allow " + std::to_string(least) +
+                " to " + std::to_string(most));
 }
 
 void Engine::on_counts(Phase phase, const Imm& imm, std::uint32_t bytes) {
   std::uint32_t node = imm.source_node;
-  // Of the two live epochs, the one with these low bits.
-  std::uint64_t begun = begun_[index(phase)];
-  std::uint64_t epoch = begun;
-  if (epoch % proto::kImmEpochModulus != imm.epoch) {
-    if (begun == 0 || (begun - 1) % proto::kImmEpochModulus != imm.epoch) {
-      return protocol_error(node, phase, -1, -1,
-                            "counts of a stale or future epoch (" + std::to_string(imm.epoch) + " mod 16, " +
-                                std::to_string(begun) + " begun here)");
-    }
-    epoch = begun - 1;
+  std::optional<std::uint64_t> live = live_epoch(phase, imm.epoch);
+  if (!live) {
+    return protocol_error(node, phase, -1, -1,
+                          "counts of a stale or future epoch (" + std::to_string(imm.epoch) + " mod 16, " +
+                              std::to_string(begun_[index(phase)]) + " begun here)");
   }
-  std::uint64_t& seen = counts_seen_[index(phase)][node * 2 + epoch % 2];
+  std::uint64_t epoch = *live;
+  Announced& counts = counts_[index(phase)][node * 2 + epoch % 2];
   auto signed_epoch = static_cast<std::int64_t>(epoch);
-  if (seen == epoch + 1) return protocol_error(node, phase, signed_epoch, -1, "counts arrived twice");
+  if (counts.epoch_plus_1 == epoch + 1) return protocol_error(node, phase, signed_epoch, -1, "counts arrived twice");
   proto::CountsRecord record;
   std::memcpy(&record, region_ + layout_.counts(phase, node, epoch), sizeof(record));
   if (record.magic != proto::kCountsMagic || record.version != proto::kProtocolVersion ||
@@ -465,7 +530,18 @@ void Engine::on_counts(Phase phase, const Imm& imm, std::uint32_t bytes) {
       (record.rows > 0 ? common::ceil_div(record.rows, record.rows_per_chunk) : 0) != record.num_chunks) {
     return protocol_error(node, phase, signed_epoch, -1, "counts record with impossible rows or chunks");
   }
-  seen = epoch + 1;
+  counts = {epoch + 1,
+            record.first_seq,
+            record.rows,
+            record.rows_per_chunk,
+            record.num_chunks,
+            record.flags,
+            static_cast<proto::DType>(record.dtype)};
+  std::vector<Arrival>& waiting = receive_ring(phase, node).unannounced;
+  for (const Arrival& arrival : waiting) {
+    if (arrival.epoch == epoch && !check_announced(phase, node, counts, arrival)) return;
+  }
+  std::erase_if(waiting, [epoch](const Arrival& arrival) { return arrival.epoch == epoch; });
   actions_.push_back({Action::Kind::kCountsArrived, phase, node, epoch});
 }
 

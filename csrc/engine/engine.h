@@ -24,6 +24,7 @@ struct EngineConfig {
   std::uint32_t max_writes_per_nic = 64;  // outstanding, towards all peers
   const std::byte* region = nullptr;      // own region, read only: what has landed
   const std::byte* slots = nullptr;       // NodeView::own_slots(); null: the same
+  bool reads_slots = true;                // else headers are left to the kernels, who check all of every header
 };
 
 // One RDMA write with immediate, from the own region into that of a rail peer.
@@ -130,9 +131,22 @@ class Engine {
     std::vector<std::uint64_t> done;  // per slot: sequence number + 1 of the last completed write
     std::deque<SentEpoch> epochs;
   };
+  // What is known of a chunk without its header, and of the chunks of an epoch by its counts.
+  struct Arrival {
+    std::uint64_t seq, epoch;
+    std::uint32_t bytes;  // 0: the transport does not tell
+    bool last;
+  };
+  struct Announced {
+    std::uint64_t epoch_plus_1 = 0, first_seq = 0;
+    std::uint32_t rows = 0, rows_per_chunk = 0, num_chunks = 0;
+    std::uint8_t flags = 0;
+    proto::DType dtype = proto::DType::kBf16;
+  };
   struct ReceiveRing {
     std::uint64_t released = 0, credited = 0, arrived = 0;
     std::vector<std::uint64_t> landed;   // per slot: sequence number + 1 of the last arrival
+    std::vector<Arrival> unannounced;    // where headers are not read: chunks whose counts have not come yet
     std::uint32_t credits_inflight = 0;  // posted, not completed
     bool credit_due = false;
   };
@@ -154,6 +168,11 @@ class Engine {
   void update_send_ring(proto::Phase phase, std::uint32_t node);
   void update_retired(proto::Phase phase);
   bool epoch_is_live(proto::Phase phase, std::uint64_t epoch) const;
+  std::optional<std::uint64_t> live_epoch(proto::Phase phase, std::uint32_t low_bits) const;
+  // False after a protocol error.
+  bool check_header(proto::Phase phase, const proto::Imm& imm, std::uint64_t seq, std::uint32_t bytes);
+  bool check_arrival(proto::Phase phase, const proto::Imm& imm, std::uint64_t seq, std::uint32_t bytes);
+  bool check_announced(proto::Phase phase, std::uint32_t node, const Announced& counts, const Arrival& arrival);
   Write make_write(const Pending& pending, std::uint32_t nic);
   bool has_room(const Nic& nic) const { return !nic.stalled && nic.outstanding < max_writes_per_nic_; }
   int pick_nic() const;
@@ -167,14 +186,15 @@ class Engine {
   proto::RegionLayout layout_;
   const std::byte* region_;
   const std::byte* slots_;
+  bool reads_slots_;
   std::uint32_t max_writes_per_nic_;
   std::uint32_t credit_batch_;
   std::uint64_t largest_chunk_bytes_;
   std::vector<proto::RegionLayout> peer_layouts_;  // by node: the same sizes seen from there
   std::vector<SendRing> send_[proto::kNumPhases];
   std::vector<ReceiveRing> receive_[proto::kNumPhases];
-  std::vector<std::uint64_t> counts_seen_[proto::kNumPhases];  // by node * 2 + parity: epoch + 1
-  std::vector<bool> hello_seen_;                               // by node * NICs + NIC
+  std::vector<Announced> counts_[proto::kNumPhases];  // by node * 2 + parity: the last that came
+  std::vector<bool> hello_seen_;                      // by node * NICs + NIC
   std::size_t hellos_ = 0, hellos_due_ = 0;
   std::uint64_t begun_[proto::kNumPhases] = {0, 0};
   std::uint64_t retired_[proto::kNumPhases] = {0, 0};

@@ -13,7 +13,16 @@ struct RegionMemory {
   std::uint64_t slots_begin = 0;
   std::uint64_t bytes = 0;  // of both together
 
-  // What lies at `offset`; a range never crosses into the slots.
+  // Where the part ends that `offset` is in.
+  std::uint64_t end_of(std::uint64_t offset) const {
+    return slots != nullptr && offset < slots_begin ? slots_begin : bytes;
+  }
+  // Is a range of `count` bytes within one part?
+  bool contains(std::uint64_t offset, std::uint64_t count) const {
+    std::uint64_t end = end_of(offset);
+    return offset <= end && count <= end - offset;
+  }
+  // What lies at `offset`.
   std::byte* at(std::uint64_t offset) const {
     return slots == nullptr || offset < slots_begin ? region + offset : slots + (offset - slots_begin);
   }

@@ -8,6 +8,7 @@ namespace moe_efa::runtime {
 
 namespace {
 
+constexpr std::size_t kMostSlotsBytes = 4096;
 constexpr std::uint32_t kMagic = 0x4d6f4541;  // "MoEA"
 
 void put_bytes(std::string& out, const void* data, std::size_t size) {
@@ -49,11 +50,11 @@ class Reader {
     if (at_ != bytes_.size()) fail();
   }
 
- private:
   [[noreturn]] static void fail() {
     throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1, "malformed rank address at rendezvous"});
   }
 
+ private:
   const std::string& bytes_;
   std::size_t at_ = 0;
 };
@@ -69,6 +70,7 @@ std::string Address::encode() const {
   put(out, port);
   put_bytes(out, segment.data(), segment.size());
   put(out, segment_bytes);
+  put_bytes(out, slots.data(), slots.size());
   put(out, static_cast<std::uint32_t>(rails.size()));
   for (const auto& rail : rails) put_bytes(out, rail.data(), rail.size());
   return out;
@@ -86,6 +88,8 @@ Address Address::decode(const std::string& bytes) {
   address.port = reader.take_value<std::uint32_t>();
   address.segment = reader.take();
   address.segment_bytes = reader.take_value<std::uint64_t>();
+  address.slots = reader.take();
+  if (address.slots.size() > kMostSlotsBytes) reader.fail();
   auto num_rails = reader.take_value<std::uint32_t>();
   for (std::uint32_t i = 0; i < num_rails; ++i) {
     std::string rail = reader.take();

@@ -16,6 +16,7 @@ struct Address {
   std::uint32_t port = 0;
   std::string segment;  // shared memory that holds the region
   std::uint64_t segment_bytes = 0;
+  std::string slots;  // Device::export_memory() of slots that lie apart; empty: they do not, or nobody could reach them
   std::vector<std::vector<std::byte>> rails;  // one opaque address per NIC
 
   std::string encode() const;

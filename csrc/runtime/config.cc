@@ -115,7 +115,7 @@ Sizing choose_layout(const GroupConfig& config) {
   config_error(text.str());
 }
 
-std::uint64_t layout_hash(const proto::LayoutConfig& layout) {
+std::uint64_t layout_hash(const proto::LayoutConfig& layout, const std::string& buffers) {
   // FNV-1a over the numbers that decide where a peer writes, and how its rows are to be read.
   std::uint64_t hash = 0xcbf29ce484222325ull;
   for (std::uint64_t value :
@@ -124,7 +124,7 @@ std::uint64_t layout_hash(const proto::LayoutConfig& layout) {
         std::uint64_t{layout.dispatch_dtypes.bits()}, std::uint64_t{layout.combine_dtypes.bits()},
         static_cast<std::uint64_t>(layout.fp8_scale), std::uint64_t{layout.chunk_rows}, std::uint64_t{layout.slots},
         std::uint64_t{layout.own_slots}, std::uint64_t{layout.publish_slots},
-        proto::RegionLayout(layout, 0).total_bytes()}) {
+        proto::RegionLayout(layout, 0).total_bytes(), std::uint64_t{buffers == "device"}}) {
     for (int i = 0; i < 8; ++i) {
       hash = (hash ^ (value >> (8 * i) & 0xff)) * 0x100000001b3ull;
     }

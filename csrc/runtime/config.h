@@ -32,7 +32,8 @@ struct GroupConfig {
   double heartbeat_timeout_s = 20;
   double warn_after_s = 30;  // a call that waits so long says for whom, once
   std::uint64_t memory_budget_bytes = 1ull << 30;
-  std::string job_key;  // equal on all ranks, unique to this group
+  std::string buffers = "host";  // where slots lie: with the rest of the region | "device": in memory of the GPU
+  std::string job_key;           // equal on all ranks, unique to this group
   std::string listen_host = "127.0.0.1";
   std::string libfabric;  // path given by the user; empty = search
   std::vector<std::string> libfabric_hints;
@@ -62,6 +63,6 @@ struct Sizing {
 Sizing choose_layout(const GroupConfig& config);
 
 // Everything that must be equal on all ranks, in one number (I15).
-std::uint64_t layout_hash(const proto::LayoutConfig& layout);
+std::uint64_t layout_hash(const proto::LayoutConfig& layout, const std::string& buffers);
 
 }  // namespace moe_efa::runtime

@@ -70,6 +70,7 @@ Group::Group(const GroupConfig& config, std::shared_ptr<kernels::Device> device)
     : config_(config),
       sizing_(choose_layout(config)),
       layout_(sizing_.layout, config.topology.node()),
+      slots_(config, layout_, device),
       state_(config.topology),
       pool_(std::max(1u, config.num_threads)),
       crowded_(is_crowded(config)),
@@ -77,10 +78,12 @@ Group::Group(const GroupConfig& config, std::shared_ptr<kernels::Device> device)
       device_(std::move(device)) {
   const proto::Topology& topology = config_.topology;
   int rank = static_cast<int>(topology.rank);
-  segment_ = transport::Segment::create(transport::segment_name(config_.job_key, rank), layout_.total_bytes());
+  segment_ = transport::Segment::create(transport::segment_name(config_.job_key, rank), slots_.segment_bytes());
   regions_.assign(topology.node_size, nullptr);
   regions_[topology.local_rank()] = segment_.data();
-  view_ = {topology, layout_, regions_.data()};
+  slot_bases_.assign(topology.node_size, nullptr);
+  slot_bases_[topology.local_rank()] = slots_.memory(segment_.data()).slot_base();
+  view_ = {topology, layout_, regions_.data(), slot_bases_.data()};
   liveness_ = std::make_unique<transport::Liveness>(
       transport::LivenessConfig{rank, config_.listen_host, config_.job_key, config_.heartbeat_timeout_s});
   if (topology.num_nodes() > 1) make_rails();
@@ -95,18 +98,19 @@ void Group::make_rails() {
   limits.max_writes = kWritesPerNic;
   limits.max_write_bytes =
       std::max({layout_.slot_bytes(Phase::kDispatch), layout_.slot_bytes(Phase::kCombine), layout_.counts_bytes()});
-  Rails rails = open_rails(config_, segment_, limits);
+  Rails rails = open_rails(config_, segment_, slots_, limits);
   rails_ = std::move(rails.rails);
   unlink_rails_ = std::move(rails.unlink);
   descriptors_ = std::make_unique<engine::DescriptorRing>(engine::max_descriptors(sizing_.layout));
-  engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{config_.topology, sizing_.layout,
-                                                                  static_cast<std::uint32_t>(rails_.size()),
-                                                                  kWritesPerNic, view_.own(), view_.own_slots()});
+  engine_ = std::make_unique<engine::Engine>(
+      engine::EngineConfig{config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic,
+                           view_.own(), view_.own_slots(), !slots_.apart()});
   std::vector<transport::Rail*> raw;
   for (const auto& rail : rails_) raw.push_back(rail.get());
   transport::PumpConfig pump_config;
   pump_config.post_timeout_s = config_.timeout_s;
   pump_config.doorbell = &doorbell_;
+  if (slots_.wants_flush()) pump_config.flush = [this] { slots_.flush(); };
   pump_config.peer_left = [this](std::uint32_t rank, bool wait) { return peer_left(rank, wait); };
   pump_ = std::make_unique<transport::Pump>(*engine_, view_, raw, *descriptors_, pump_config);
   driver_ = std::make_unique<Driver>(*engine_, *pump_, !crowded_, [this](const Status& status) {
@@ -134,11 +138,12 @@ Group::~Group() {
 std::string Group::address() const {
   Address address;
   address.rank = config_.topology.rank;
-  address.layout_hash = layout_hash(sizing_.layout);
+  address.layout_hash = layout_hash(sizing_.layout, config_.buffers);
   address.host = config_.listen_host;
   address.port = liveness_->port();
   address.segment = segment_.name();
   address.segment_bytes = segment_.size();
+  address.slots = slots_.exported();
   for (const auto& rail : rails_) address.rails.push_back(rail->local_address());
   return address.encode();
 }
@@ -164,7 +169,7 @@ void Group::connect(const std::vector<std::string>& encoded) {
     addresses.push_back(Address::decode(encoded[rank]));
     if (addresses[rank].rank != rank)
       config_error("address of rank " + std::to_string(addresses[rank].rank) + " at " + std::to_string(rank));
-    if (addresses[rank].layout_hash != layout_hash(sizing_.layout)) {
+    if (addresses[rank].layout_hash != layout_hash(sizing_.layout, config_.buffers)) {
       config_error("memory layout differs between rank " + std::to_string(topology.rank) + " and rank " +
                    std::to_string(rank) + ": same version and configuration everywhere?");
     }
@@ -179,6 +184,7 @@ void Group::connect(const std::vector<std::string>& encoded) {
     const Address& address = addresses[topology.rank_of(topology.node(), mate)];
     mate_segments_.push_back(transport::Segment::open(address.segment, address.segment_bytes));
     regions_[mate] = mate_segments_.back().data();
+    slot_bases_[mate] = slots_.memory(regions_[mate], address.slots).slot_base();
   }
   for (std::uint32_t node = 0; node < topology.num_nodes(); ++node) {
     if (node == topology.node()) continue;

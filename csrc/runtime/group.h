@@ -29,6 +29,7 @@
 #include "runtime/driver.h"
 #include "runtime/futex_doorbell.h"
 #include "runtime/host_pool.h"
+#include "runtime/slot_memory.h"
 #include "runtime/started_call.h"
 #include "runtime/thread_pool.h"
 #include "transport/liveness.h"
@@ -197,9 +198,10 @@ class Group {
   GroupConfig config_;
   Sizing sizing_;
   proto::RegionLayout layout_;
+  SlotMemory slots_;
   transport::Segment segment_;  // own region, where mates or shared-memory rails map it
   std::vector<transport::Segment> mate_segments_;
-  std::vector<std::byte*> regions_;  // [node_size]
+  std::vector<std::byte*> regions_, slot_bases_;  // [node_size]
   proto::NodeView view_;
   FutexDoorbell doorbell_{view_};
   kernels::RankState state_;

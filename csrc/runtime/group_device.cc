@@ -14,9 +14,12 @@ using proto::Phase;
 void Group::open_device_state() {
   std::vector<proto::RegionMemory> seen;  // by kernels
   for (std::uint32_t mate = 0; mate < config_.topology.node_size; ++mate) {
-    std::uint64_t bytes = layout_.total_bytes();
+    proto::RegionMemory& memory = seen.emplace_back();
+    memory.region = static_cast<std::byte*>(device_->map_host(regions_[mate], slots_.segment_bytes()));
     device_regions_.push_back(regions_[mate]);
-    seen.push_back({static_cast<std::byte*>(device_->map_host(regions_[mate], bytes)), nullptr, 0, bytes});
+    if (slots_.apart()) memory.slots = slot_bases_[mate] + layout_.slots_begin();
+    memory.slots_begin = layout_.slots_begin();
+    memory.bytes = layout_.total_bytes();
   }
   device_state_ = std::make_unique<kernels::device::State>(
       device_, view_, seen,

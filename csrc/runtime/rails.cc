@@ -17,15 +17,16 @@ std::uint32_t num_nics(const GroupConfig& config) {
   return named > 0 ? static_cast<std::uint32_t>(named) : std::max(1u, config.num_nics);
 }
 
-Rails open_plain_rails(const GroupConfig& config, const transport::Segment& region, const RailLimits& limits) {
+Rails open_plain_rails(const GroupConfig& config, const transport::Segment& segment, SlotMemory& slots,
+                       const RailLimits& limits) {
   const proto::Topology& topology = config.topology;
   Rails rails;
   if (config.transport == "libfabric") {
     transport::LibfabricRailConfig rail;
     rail.search = {config.libfabric, config.libfabric_hints};
     rail.provider = config.provider;
-    rail.region = region.data();
-    rail.region_bytes = region.size();
+    rail.memory = slots.memory(segment.data());
+    rail.slots = slots.descriptor();
     rail.num_peers = topology.num_nodes() - 1;
     rail.max_write_bytes = limits.max_write_bytes;
     rail.max_outstanding = limits.max_writes;
@@ -41,9 +42,10 @@ Rails open_plain_rails(const GroupConfig& config, const transport::Segment& regi
   }
   if (config.transport == "shm") {
     transport::ShmRailConfig rail;
-    rail.region = region.data();
-    rail.region_bytes = region.size();
-    rail.region_name = region.name();
+    rail.memory = slots.memory(segment.data());
+    rail.region_name = segment.name();
+    rail.exported_slots = slots.exported();
+    rail.import_slots = [&slots](const std::string& exported) { return slots.import(exported); };
     rail.own_node = topology.node();
     rail.num_nodes = topology.num_nodes();
     rail.inbox_entries = limits.max_inbound_events / (topology.num_nodes() - 1) + 1;
@@ -67,8 +69,9 @@ Rails open_plain_rails(const GroupConfig& config, const transport::Segment& regi
 
 }  // namespace
 
-Rails open_rails(const GroupConfig& config, const transport::Segment& region, const RailLimits& limits) {
-  Rails rails = open_plain_rails(config, region, limits);
+Rails open_rails(const GroupConfig& config, const transport::Segment& segment, SlotMemory& slots,
+                 const RailLimits& limits) {
+  Rails rails = open_plain_rails(config, segment, slots, limits);
   if (!config.reorder) return rails;
   for (std::size_t nic = 0; nic < rails.rails.size(); ++nic) {
     transport::ReorderConfig faults;

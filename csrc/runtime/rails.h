@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "runtime/config.h"
+#include "runtime/slot_memory.h"
 #include "transport/rail.h"
 #include "transport/segment.h"
 
@@ -23,6 +24,8 @@ struct RailLimits {
   std::uint64_t max_write_bytes = 0;  // of one
 };
 
-Rails open_rails(const GroupConfig& config, const transport::Segment& region, const RailLimits& limits);
+// The rails use `slots` until they are destroyed.
+Rails open_rails(const GroupConfig& config, const transport::Segment& segment, SlotMemory& slots,
+                 const RailLimits& limits);
 
 }  // namespace moe_efa::runtime

@@ -15,6 +15,7 @@ CheckResult run_check(const std::string& profile, std::uint64_t seed, const Chec
   const Workload& work = world.workload();
   result.num_ranks = work.num_ranks;
   result.node_size = work.node_size;
+  result.reads_slots = work.reads_slots;
   try {
     world.run();
     result.ok = true;

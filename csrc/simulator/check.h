@@ -18,6 +18,7 @@ struct CheckResult {
   std::string profile;
   std::uint64_t seed = 0;
   std::uint32_t num_ranks = 0, node_size = 0;
+  bool reads_slots = true;  // Workload::reads_slots
   std::uint64_t events = 0, virtual_us = 0, epochs = 0;
   std::uint64_t both_phases = 0;  // turns of a rank in which it had a dispatch and a combine to step
   // Immediates under way to one rank, and delivered but not polled there: most seen, and what I12 allows.

@@ -71,8 +71,8 @@ PostResult Network::post(std::uint32_t rank, std::uint32_t nic, const WriteReque
   if (write.target_rank >= config_.num_ranks || write.target_rank == rank) {
     throw Violation("a write towards node " + std::to_string(request.peer_node));
   }
-  if (request.local_offset + request.bytes > regions_[rank].bytes ||
-      request.remote_offset + request.bytes > regions_[write.target_rank].bytes) {
+  if (!regions_[rank].contains(request.local_offset, request.bytes) ||
+      !regions_[write.target_rank].contains(request.remote_offset, request.bytes)) {
     throw Violation("a write outside its registrations");
   }
   if (request.imm == 0 || !request.with_imm) throw Violation("a write without an immediate");

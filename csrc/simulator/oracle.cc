@@ -255,6 +255,8 @@ void Oracle::check_arrived(std::uint32_t rank, Phase phase, std::uint32_t source
       fail(join("I1: rank ", rank, " flags ", proto::phase_name(phase), " chunk ", seq, " of rank ", source,
                 " as arrived before its event"));
     }
+    // Nobody but the kernels can tell that this one is forged.
+    if (!world_.reads_slots && static_cast<std::int64_t>(ring[seq].number) == forged_write_) continue;
     const std::byte* bytes = regions_[rank].at(layout.ring_slot(phase, source_node, seq));
     proto::ChunkHeader header;
     std::memcpy(&header, bytes, sizeof(header));

@@ -136,7 +136,9 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
   Rng ahead(seed, Stream::kAhead);
   if (ahead.chance(0.5)) world.calls_ahead = ahead.between(2, 6);
 
-  world.slots_apart = Rng(seed, Stream::kMemory).chance(0.5);
+  Rng memory(seed, Stream::kMemory);
+  world.slots_apart = memory.chance(0.5);
+  world.reads_slots = memory.chance(0.5);
 
   Rng script(seed, Stream::kScript);
   auto pick = [&](DType widest) { return widest == DType::kFp32 && script.chance(0.6) ? DType::kFp32 : DType::kBf16; };

@@ -93,8 +93,9 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     rank.view = {rank.topology, proto::RegionLayout(work_.layout, node), region_pointers_.data() + first_mate,
                  work_.slots_apart ? slot_bases_.data() + first_mate : nullptr};
     network_->attach(r, regions_[r]);
-    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{
-        rank.topology, work_.layout, work_.num_nics, work_.max_writes_per_nic, rank.view.own(), rank.view.own_slots()});
+    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{rank.topology, work_.layout, work_.num_nics,
+                                                                        work_.max_writes_per_nic, rank.view.own(),
+                                                                        rank.view.own_slots(), work_.reads_slots});
     std::vector<transport::Rail*> rails;
     for (std::uint32_t nic = 0; nic < work_.num_nics; ++nic) {
       rails.push_back(rank.rails.emplace_back(std::make_unique<SrdRail>(*network_, r, nic)).get());
@@ -158,6 +159,17 @@ bool World::caller_step(std::uint32_t r) {
     return true;
   }
   if (idle) return false;
+  try {
+    return step_calls(rank);
+  } catch (const common::StatusError& error) {
+    // Where engines read no headers, a forged one is left to whoever uses the chunk first.
+    if (work_.reads_slots || oracle_->forged_target() < 0) throw;
+    refused_ = error.status();
+    return true;
+  }
+}
+
+bool World::step_calls(RankWorld& rank) {
   bool both = !rank.moving[0].empty() && !rank.moving[1].empty();
   both_phases_ += both;
   auto first = static_cast<std::uint32_t>(both ? schedule_.below(2) : rank.moving[0].empty());
@@ -352,10 +364,12 @@ void World::run() {
       if (!settle()) break;
       idle_turns_ = 0;
     }
-    if (oracle_->forged_target() >= 0 && ranks_[static_cast<std::size_t>(oracle_->forged_target())]->engine->failed()) {
+    if (oracle_->forged_target() < 0) continue;
+    if (!refused_.ok() || ranks_[static_cast<std::size_t>(oracle_->forged_target())]->engine->failed()) {
       return after_forgery();
     }
   }
+  if (finished() && oracle_->forged_target() >= 0) throw Violation("I4: nobody noticed a forged epoch");
   if (profile_.lose_peer && network_->dead(victim_)) return after_loss();
   if (!finished()) deadlock();
   come_to_rest();
@@ -393,7 +407,7 @@ void World::after_loss() {
 
 void World::after_forgery() {
   auto target = static_cast<std::uint32_t>(oracle_->forged_target());
-  const common::Status& failure = ranks_[target]->engine->failure();
+  const common::Status& failure = refused_.ok() ? ranks_[target]->engine->failure() : refused_;
   if (failure.code != common::StatusCode::kProtocol || failure.rank != oracle_->forged_source()) {
     throw Violation("I4: a forged epoch was reported as: " + failure.message);
   }

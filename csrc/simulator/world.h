@@ -48,6 +48,7 @@ class World {
   bool turn();  // true when anything moved
   bool pump_step(std::uint32_t rank);
   bool caller_step(std::uint32_t rank);
+  bool step_calls(RankWorld& rank);
   bool may_start(const RankWorld& rank) const;
   void start_call(RankWorld& rank);
   bool step_call(RankWorld& rank, proto::Phase phase);
@@ -77,6 +78,7 @@ class World {
   std::vector<double> pace_sums_;
   std::uint64_t death_turn_ = ~0ull;
   std::uint32_t victim_ = 0;
+  common::Status refused_;  // what a call said of a forged chunk
 };
 
 }  // namespace moe_efa::simulator

@@ -56,7 +56,9 @@ std::string unfit(const EndpointFacts& facts, const RailNeeds& needs) {
     return "immediates of " + std::to_string(facts.cq_data_bytes) + " bytes, 4 are needed";
   }
   if (facts.rma_iov_limit < 1) return "it cannot write to remote memory (rma_iov_limit 0)";
-  if (needs.device_memory && !facts.device_memory) return "it cannot reach device memory (FI_HMEM)";
+  if (needs.device_memory && !facts.device_memory) {
+    return "it cannot reach device memory (FI_HMEM): keep the slots in host memory (buffers=\"host\")";
+  }
   if (facts.tx_size < 1) return "a send queue of length 0";
   const std::uint64_t receives = posted_receives(facts, needs);
   if (receives > facts.rx_size) {
@@ -91,6 +93,11 @@ ApiVersion api_version_for(const std::string& provider, ApiVersion library) {
   return older ? library : kEfa;
 }
 
+bool takes_dmabuf(const std::string& provider, ApiVersion library) {
+  const ApiVersion asked = api_version_for(provider, library);
+  return asked.major > 1 || asked.minor >= 20;
+}
+
 std::vector<EndpointOption> efa_options(const EndpointFacts& facts, const RailNeeds& needs) {
   std::vector<EndpointOption> options;
   // Ordering, progress and the consequences of a death would be those of another provider. Libraries that do not know
@@ -98,8 +105,9 @@ std::vector<EndpointOption> efa_options(const EndpointFacts& facts, const RailNe
   options.push_back({"FI_OPT_SHARED_MEMORY_PERMITTED", kOptSharedMemoryPermitted, true, false, nullptr});
   // Refused by the `efa` fabric where there is no CUDA, so it is asked only where device memory is.
   if (needs.device_memory) {
-    options.push_back({"FI_OPT_CUDA_API_PERMITTED", kOptCudaApiPermitted, true, false,
-                       "writes between GPU memory and the NIC without copies (peer to peer)"});
+    options.push_back(
+        {"FI_OPT_CUDA_API_PERMITTED", kOptCudaApiPermitted, true, false,
+         "writing between GPU memory and the NIC without copies (peer to peer; otherwise buffers=\"host\")"});
   }
   // Unsolicited, nothing would push back when the completion queue overruns; posted receives do. `efa-direct` allows it
   // to an endpoint with FI_RX_CQ_DATA only; without, the queue's length alone bounds what may come (I12).

@@ -76,6 +76,8 @@ struct ApiVersion {
   bool operator==(const ApiVersion&) const = default;
 };
 ApiVersion api_version_for(const std::string& provider, ApiVersion library);
+// May device memory be registered as a dma-buf? Else by its address.
+bool takes_dmabuf(const std::string& provider, ApiVersion library);
 
 // Endpoint options, set before the endpoint is enabled. The numbers are libfabric's ABI; headers of 1.17 lack most.
 inline constexpr int kOptTxSize = 6;                                     // size_t

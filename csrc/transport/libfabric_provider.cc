@@ -116,10 +116,7 @@ ProviderChoice choose_provider(const LibfabricApi& api, const LibfabricRailConfi
   if (config.provider == "shm") {
     throw_config(where + ": libfabric's shm provider is not reliable enough; use the library's own shared memory");
   }
-  const bool device_memory = config.memory.kind != MemoryDescriptor::Kind::kSystem;
-  if (config.memory.dmabuf_fd >= 0 && api.version < FI_VERSION(1, 20)) {
-    throw_config(where + ": dma-buf registration needs libfabric 1.20 or newer, this is " + library);
-  }
+  const bool device_memory = config.slots.kind != MemoryDescriptor::Kind::kSystem;
   std::string queried, tried;
   std::vector<const fi_info*> entries;
   std::vector<EndpointFacts> facts;
@@ -149,7 +146,7 @@ ProviderChoice choose_provider(const LibfabricApi& api, const LibfabricRailConfi
   std::string source = config.source_address.empty() ? "" : " at source address " + config.source_address;
   throw_config(where + ": no provider for reliable datagrams with RDMA write" +
                (device_memory ? " from and to GPU memory (FI_HMEM)" : "") + source + " in " + library +
-               "; tried: " + tried);
+               "; tried: " + tried + (device_memory ? "; or keep the slots in host memory (buffers=\"host\")" : ""));
 }
 
 std::vector<std::string> available_providers(const LibfabricSearch& search) {

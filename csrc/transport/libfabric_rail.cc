@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/status.h"
+#include "transport/libfabric_choice.h"
 #include "transport/libfabric_memory.h"
 #include "transport/libfabric_provider.h"
 
@@ -18,6 +19,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 #endif
 
@@ -51,6 +53,7 @@ namespace {
 
 constexpr std::uint64_t kRequestedKey = 0x6d6f65;  // where the application chooses keys; one region per domain
 constexpr std::uint64_t kScratchKey = 0x6d6f66;
+constexpr std::uint64_t kSlotsKey = 0x6d6f67;
 constexpr std::size_t kScratchBytes = 64;
 constexpr std::size_t kPollBatch = 32;
 
@@ -61,22 +64,27 @@ struct CloseFid {
 template <typename Fid>
 using FidPtr = std::unique_ptr<Fid, CloseFid<Fid> >;
 
+// A part of a region as its peers reach it. Parts follow each other in offsets.
+struct RemotePart {
+  std::uint64_t base = 0;  // what an offset into the part is added to
+  std::uint64_t key = 0;
+  std::uint64_t bytes = 0;  // 0: there is no such part
+};
+
 // What local_address() packs, followed by name_bytes of endpoint name. All hosts are little-endian.
 struct AddressHeader {
   static constexpr std::uint32_t kMagic = 0x6c52456d;  // "mERl"
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
 
   std::uint32_t magic = kMagic;
   std::uint32_t version = kVersion;
   std::uint32_t provider_version = 0;
   std::uint32_t cq_data_bytes = 0;
-  std::uint64_t base = 0;  // what an offset into the region is added to
-  std::uint64_t key = 0;
-  std::uint64_t region_bytes = 0;
+  RemotePart parts[2];  // the whole region, or what comes before the slots and the slots
   std::uint32_t name_bytes = 0;
   char provider[36] = {};  // zero-terminated label
 };
-static_assert(sizeof(AddressHeader) == 80 && std::is_trivially_copyable_v<AddressHeader>);
+static_assert(sizeof(AddressHeader) == 104 && std::is_trivially_copyable_v<AddressHeader>);
 
 // The context of one operation. The provider owns `space` while the operation is in flight.
 struct Operation {
@@ -90,9 +98,16 @@ static_assert(std::is_standard_layout_v<Operation>);
 struct Peer {
   bool known = false;
   fi_addr_t address = FI_ADDR_UNSPEC;
-  std::uint64_t base = 0;
-  std::uint64_t key = 0;
-  std::uint64_t region_bytes = 0;
+  RemotePart parts[2];
+
+  bool apart() const { return parts[1].bytes > 0; }
+  std::uint64_t bytes() const { return parts[0].bytes + parts[1].bytes; }
+  // Where the part begins that `offset` is in; an offset on the border is in the second.
+  std::uint64_t begin_of(std::uint64_t offset) const {
+    return apart() && offset >= parts[0].bytes ? parts[0].bytes : 0;
+  }
+  const RemotePart& part_of(std::uint64_t offset) const { return parts[begin_of(offset) > 0 ? 1 : 0]; }
+  std::uint64_t end_of(std::uint64_t offset) const { return begin_of(offset) + part_of(offset).bytes; }
 };
 
 // Structs grow at their end from version to version; the slack keeps a newer library off our stack.
@@ -134,8 +149,7 @@ class LibfabricRail final : public Rail {
 
   const LibfabricApi& api_;
   int rail_index_, num_rails_;
-  std::byte* region_;
-  std::uint64_t region_bytes_;
+  proto::RegionMemory region_;
   std::uint32_t max_outstanding_;
   std::uint64_t max_write_bytes_ = 0;
   std::uint64_t write_flags_ = FI_COMPLETION;
@@ -150,7 +164,7 @@ class LibfabricRail final : public Rail {
   ProviderChoice choice_;
   FidPtr<fid_fabric> fabric_;
   FidPtr<fid_domain> domain_;
-  FidPtr<fid_mr> memory_, scratch_memory_;
+  FidPtr<fid_mr> memory_, slots_memory_, scratch_memory_;
   FidPtr<fid_av> addresses_;
   FidPtr<fid_cq> completions_;
   FidPtr<fid_ep> endpoint_;
@@ -160,11 +174,10 @@ LibfabricRail::LibfabricRail(const LibfabricRailConfig& config)
     : api_(load_libfabric(config.search)),
       rail_index_(config.rail_index),
       num_rails_(config.num_rails),
-      region_(config.region),
-      region_bytes_(config.region_bytes),
+      region_(config.memory),
       max_outstanding_(std::max(config.max_outstanding, 1u)),
       choice_(choose_provider(api_, config)) {
-  if (region_ == nullptr || region_bytes_ == 0) throw_status(StatusCode::kConfig, where() + ": empty region");
+  if (region_.region == nullptr || region_.bytes == 0) throw_status(StatusCode::kConfig, where() + ": empty region");
   open(config);
 }
 
@@ -172,6 +185,7 @@ LibfabricRail::~LibfabricRail() {
   // A registration bound to an endpoint has to go before it; elsewhere after it, as writes may still be in flight.
   if ((choice_.info->domain_attr->mr_mode & FI_MR_ENDPOINT) != 0) {
     memory_.reset();
+    slots_memory_.reset();
     scratch_memory_.reset();
   }
 }
@@ -181,7 +195,7 @@ void LibfabricRail::open(const LibfabricRailConfig& config) {
   fi_info* info = choice_.info.get();
   const EndpointFacts& facts = choice_.facts;
   const RailNeeds needs = {config.max_remote_events, config.max_outstanding, config.max_write_bytes,
-                           config.memory.kind != MemoryDescriptor::Kind::kSystem};
+                           config.slots.kind != MemoryDescriptor::Kind::kSystem};
   refuse_unfit(facts, needs);
   max_outstanding_ = static_cast<std::uint32_t>(outstanding_writes(facts, needs));
   if (!is_efa(facts.provider)) write_flags_ |= FI_DELIVERY_COMPLETE;  // efa's completion is the remote NIC's own word
@@ -225,7 +239,13 @@ void LibfabricRail::open(const LibfabricRailConfig& config) {
   max_outstanding_ = static_cast<std::uint32_t>(outstanding_writes(opened, needs));
   read_endpoint_name();
 
-  memory_ = register_memory(region_, region_bytes_, FI_WRITE | FI_REMOTE_WRITE, kRequestedKey, config.memory);
+  constexpr std::uint64_t kAccess = FI_WRITE | FI_REMOTE_WRITE;
+  memory_ = register_memory(region_.region, region_.end_of(0), kAccess, kRequestedKey, {});
+  if (region_.slots != nullptr) {
+    MemoryDescriptor slots = config.slots;
+    if (!takes_dmabuf(facts.provider, {FI_MAJOR(api_.version), FI_MINOR(api_.version)})) slots.dmabuf_fd = -1;
+    slots_memory_ = register_memory(region_.slots, region_.bytes - region_.slots_begin, kAccess, kSlotsKey, slots);
+  }
 
   writes_.resize(max_outstanding_);
   free_writes_.reserve(writes_.size());
@@ -286,7 +306,11 @@ FidPtr<fid_mr> LibfabricRail::register_memory(void* memory, std::uint64_t bytes,
   fid_mr* mr = nullptr;
   const Registration registration(memory, bytes, access, key, descriptor);
   FI_CHECK(fi_mr_regattr(domain_.get(), &registration.attributes(), registration.flags(), &mr),
-           where() << ", " << bytes << " bytes (is `ulimit -l` large enough?)");
+           where() << ", " << bytes << " bytes"
+                   << (descriptor.kind == MemoryDescriptor::Kind::kSystem
+                           ? " (is `ulimit -l` large enough?)"
+                           : " of GPU memory (does the driver give dma-bufs, or is nvidia-peermem loaded? otherwise "
+                             "buffers=\"host\")"));
   FidPtr<fid_mr> owner(mr);
   if ((choice_.info->domain_attr->mr_mode & FI_MR_ENDPOINT) != 0) {
     FI_CHECK(fi_mr_bind(mr, &endpoint_->fid, 0), where());
@@ -312,9 +336,13 @@ std::vector<std::byte> LibfabricRail::local_address() const {
   header.provider_version = choice_.info->fabric_attr->prov_version;
   header.cq_data_bytes = static_cast<std::uint32_t>(choice_.info->domain_attr->cq_data_size);
   const bool virtual_addresses = (choice_.info->domain_attr->mr_mode & FI_MR_VIRT_ADDR) != 0;
-  header.base = virtual_addresses ? reinterpret_cast<std::uintptr_t>(region_) : 0;
-  header.key = fi_mr_key(memory_.get());
-  header.region_bytes = region_bytes_;
+  auto part = [&](fid_mr* memory, std::byte* at, std::uint64_t bytes) {
+    return RemotePart{virtual_addresses ? reinterpret_cast<std::uintptr_t>(at) : 0, fi_mr_key(memory), bytes};
+  };
+  header.parts[0] = part(memory_.get(), region_.region, region_.end_of(0));
+  if (slots_memory_) {
+    header.parts[1] = part(slots_memory_.get(), region_.slots, region_.bytes - region_.slots_begin);
+  }
   header.name_bytes = static_cast<std::uint32_t>(endpoint_name_.size());
   label().copy(header.provider, sizeof(header.provider) - 1);
   std::vector<std::byte> address(sizeof(header) + endpoint_name_.size());
@@ -346,7 +374,7 @@ void LibfabricRail::add_peer(std::uint32_t node, std::span<const std::byte> addr
            std::to_string(choice_.info->domain_attr->cq_data_size));
   }
   if (header.name_bytes != endpoint_name_.size() || address.size() != sizeof(header) + header.name_bytes ||
-      header.region_bytes == 0) {
+      header.parts[0].bytes == 0 || header.parts[0].bytes + header.parts[1].bytes < header.parts[1].bytes) {
     refuse("damaged address");
   }
   if (node < peers_.size() && peers_[node].known) throw_status(StatusCode::kInternal, where(node) + ": added twice");
@@ -355,9 +383,7 @@ void LibfabricRail::add_peer(std::uint32_t node, std::span<const std::byte> addr
   const int inserted = fi_av_insert(addresses_.get(), address.data() + sizeof(header), 1, &peer.address, 0, nullptr);
   if (inserted != 1) throw_libfabric_error("fi_av_insert", inserted < 0 ? inserted : -FI_EADDRNOTAVAIL, where(node));
   peer.known = true;
-  peer.base = header.base;
-  peer.key = header.key;
-  peer.region_bytes = header.region_bytes;
+  std::copy(std::begin(header.parts), std::end(header.parts), peer.parts);
   if (peers_.size() <= node) peers_.resize(node + 1);
   peers_[node] = peer;
 }
@@ -372,10 +398,10 @@ const Peer& LibfabricRail::checked_peer(const WriteRequest& request) const {
     if (offset <= limit && request.bytes <= limit - offset) [[likely]]
       return;
     refuse(std::to_string(request.bytes) + " bytes at offset " + std::to_string(offset) + " exceed the " + side +
-           " region of " + std::to_string(limit));
+           " memory, which ends at " + std::to_string(limit));
   };
-  check("own", request.local_offset, region_bytes_);
-  check("peer's", request.remote_offset, peer.region_bytes);
+  check("own", request.local_offset, region_.end_of(request.local_offset));
+  check("peer's", request.remote_offset, peer.end_of(request.remote_offset));
   if (request.bytes > max_write_bytes_) {
     refuse(std::to_string(request.bytes) + " bytes exceed the provider's " + std::to_string(max_write_bytes_));
   }
@@ -389,12 +415,14 @@ PostResult LibfabricRail::post_write(const WriteRequest& request) {
   operation->id = request.id;
   operation->peer_node = request.peer_node;
 
-  iovec source = {region_ + request.local_offset, request.bytes};
-  void* descriptor = fi_mr_desc(memory_.get());
+  const bool from_slots = slots_memory_ && request.local_offset >= region_.slots_begin;
+  iovec source = {region_.at(request.local_offset), request.bytes};
+  void* descriptor = fi_mr_desc(from_slots ? slots_memory_.get() : memory_.get());
+  const RemotePart& part = peer.part_of(request.remote_offset);
   fi_rma_iov target = {};  // valid for immediate-only writes too: efa resolves it even when it writes nothing
-  target.addr = peer.base + request.remote_offset;
+  target.addr = part.base + (request.remote_offset - peer.begin_of(request.remote_offset));
   target.len = request.bytes;
-  target.key = peer.key;
+  target.key = part.key;
   fi_msg_rma message = {};
   message.msg_iov = &source;
   message.desc = &descriptor;

@@ -1,6 +1,7 @@
-// LibfabricRail: one libfabric endpoint (efa, tcp, verbs) as a Rail. It registers the region once, writes with a
-// 32-bit immediate, and keeps at most max_outstanding writes in flight whatever the provider would accept. Knows
-// nothing of the protocol, and judges neither deadlines nor liveness: no provider reports a peer's death reliably.
+// LibfabricRail: one libfabric endpoint (efa, tcp, verbs) as a Rail. It registers the region once, or its
+// two parts where slots lie apart, writes with a 32-bit immediate, and keeps at most max_outstanding writes in flight
+// whatever the provider would accept. Knows nothing of the protocol, and judges neither deadlines nor liveness: no
+// provider reports a peer's death reliably.
 #pragma once
 
 #include <cstddef>
@@ -9,28 +10,29 @@
 #include <string>
 #include <vector>
 
+#include "proto/region_memory.h"
 #include "transport/libfabric_loader.h"
 #include "transport/rail.h"
 
 namespace moe_efa::transport {
 
-// What the region is. A GPU's memory is registered by address where the kernel knows it (peer memory), else as a
-// dma-buf (libfabric >= 1.20); `region` is its device address then, and is never dereferenced.
+// What the slots are, where they lie apart; the rest is host memory. A GPU's memory is registered as a dma-buf where
+// there is one and the library takes it (1.20), else by address, which the kernel must know (peer memory). Its device
+// address is never dereferenced.
 struct MemoryDescriptor {
   enum class Kind { kSystem, kCuda };
   Kind kind = Kind::kSystem;
   int device = 0;                   // CUDA's number of the GPU
   int dmabuf_fd = -1;               // stays open until the rail is made
-  std::uint64_t dmabuf_offset = 0;  // of the region's first byte
+  std::uint64_t dmabuf_offset = 0;  // of the slots' first byte
 };
 
 struct LibfabricRailConfig {
   LibfabricSearch search;
-  std::string provider;         // "efa", "efa-direct", "tcp", "verbs", or a name as fi_info prints it;
-                                // empty: efa where there is a device, else tcp
-  std::byte* region = nullptr;  // stays mapped until the rail is destroyed
-  std::uint64_t region_bytes = 0;
-  MemoryDescriptor memory;
+  std::string provider;        // "efa", "efa-direct", "tcp", "verbs", or a name as fi_info prints it;
+                               // empty: efa where there is a device, else tcp
+  proto::RegionMemory memory;  // stays mapped until the rail is destroyed
+  MemoryDescriptor slots;
   std::uint64_t max_write_bytes = 0;       // the longest write that will be posted
   std::uint32_t num_peers = 1;             // add_peer calls to expect
   std::uint32_t max_outstanding = 128;     // own writes in flight; the provider's queue may lower it

@@ -145,6 +145,8 @@ bool Pump::post_writes(double now_s) {
 void Pump::apply_actions() {
   if (engine_.actions().empty()) return;
   const proto::RegionLayout& layout = view_.layout;
+  auto is_chunk = [](const Action& action) { return action.kind == Action::Kind::kChunkArrived; };
+  if (config_.flush && std::any_of(engine_.actions().begin(), engine_.actions().end(), is_chunk)) config_.flush();
   for (const Action& action : engine_.actions()) {
     switch (action.kind) {
       case Action::Kind::kChunkArrived:

@@ -21,7 +21,9 @@ struct PumpConfig {
   // `wait`, after an error of the rail, a verdict that is on its way is waited for.
   std::function<bool(std::uint32_t rank, bool wait)> peer_left;
   common::Doorbell* doorbell = nullptr;  // rung when flags have changed; null: nobody sleeps
-  double post_timeout_s = 600.0;         // a write that no rail accepts for so long fails its peer (I5)
+  // Makes what NICs have written visible to a GPU's kernels: called before arrivals are flagged. Null: it is.
+  std::function<void()> flush;
+  double post_timeout_s = 600.0;  // a write that no rail accepts for so long fails its peer (I5)
 };
 
 class Pump {

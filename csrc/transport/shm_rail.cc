@@ -14,7 +14,7 @@ namespace moe_efa::transport {
 namespace {
 
 constexpr std::uint32_t kAddressMagic = 0x5253'4f4d;  // "MOSR"
-constexpr std::uint32_t kAddressVersion = 1;          // of this blob and of the inbox's layout
+constexpr std::uint32_t kAddressVersion = 2;          // of this blob and of the inbox's layout
 constexpr std::size_t kNameBytes = 256;
 constexpr std::uint64_t kMaxDone = 4096;
 constexpr std::uint64_t kMaxEntries = 1u << 20;
@@ -25,17 +25,16 @@ struct Address {
   std::uint32_t node, num_nodes;
   std::uint64_t region_bytes, inbox_bytes;
   std::uint64_t entries;
+  std::uint64_t slots_begin;  // of slots that lie apart, else 0
+  std::uint32_t slots_name_bytes, reserved;
   char region_name[kNameBytes];
   char inbox_name[kNameBytes];
+  char slots_name[kNameBytes];  // any bytes
 };
-static_assert(sizeof(Address) == 40 + 2 * kNameBytes && std::is_trivially_copyable_v<Address>);
+static_assert(sizeof(Address) == 56 + 3 * kNameBytes && std::is_trivially_copyable_v<Address>);
 
 [[noreturn]] void fail(const std::string& text) {
   throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1, text});
-}
-
-bool in_range(std::uint64_t offset, std::uint64_t bytes, std::uint64_t limit) {
-  return offset <= limit && bytes <= limit - offset;
 }
 
 }  // namespace
@@ -69,9 +68,11 @@ ShmRail::ShmRail(const ShmRailConfig& config)
       corrupt_(config.num_nodes, false),
       done_(kMaxDone) {
   static_assert(sizeof(Entry) == kEntryBytes);
-  MOE_EFA_CHECK(config.region != nullptr && config.own_node < config.num_nodes, "bad ShmRailConfig");
-  MOE_EFA_CHECK(config.region_name.size() < kNameBytes && config.inbox_name.size() < kNameBytes,
+  MOE_EFA_CHECK(config.memory.region != nullptr && config.own_node < config.num_nodes, "bad ShmRailConfig");
+  MOE_EFA_CHECK(config.region_name.size() < kNameBytes && config.inbox_name.size() < kNameBytes &&
+                    config.exported_slots.size() <= kNameBytes,
                 "segment names are too long");
+  MOE_EFA_CHECK(config.memory.slots == nullptr || config.import_slots, "slots apart that nobody could reach");
   inbox_ = Segment::create(config.inbox_name, inbox_bytes_);  // zero: every cursor starts at 0
 }
 
@@ -81,11 +82,14 @@ std::vector<std::byte> ShmRail::local_address() const {
   address.version = kAddressVersion;
   address.node = config_.own_node;
   address.num_nodes = config_.num_nodes;
-  address.region_bytes = config_.region_bytes;
+  address.region_bytes = config_.memory.bytes;
+  if (config_.memory.slots != nullptr) address.slots_begin = config_.memory.slots_begin;
+  address.slots_name_bytes = static_cast<std::uint32_t>(config_.exported_slots.size());
   address.inbox_bytes = inbox_bytes_;
   address.entries = entries_;
   config_.region_name.copy(address.region_name, kNameBytes - 1);
   config_.inbox_name.copy(address.inbox_name, kNameBytes - 1);
+  config_.exported_slots.copy(address.slots_name, kNameBytes);
   std::vector<std::byte> blob(sizeof address);
   std::memcpy(blob.data(), &address, sizeof address);
   return blob;
@@ -103,13 +107,21 @@ void ShmRail::add_peer(std::uint32_t node, std::span<const std::byte> blob) {
          " speaks another version of the shared-memory rail: is moe_efa the same "
          "everywhere?");
   }
+  const bool apart = config_.memory.slots != nullptr;
   if (address.node != node || address.num_nodes != config_.num_nodes || address.entries != entries_ ||
-      address.inbox_bytes != inbox_bytes_) {
+      address.inbox_bytes != inbox_bytes_ || (address.slots_begin != 0) != apart ||
+      address.slots_begin > address.region_bytes || address.slots_name_bytes > (apart ? kNameBytes : 0) ||
+      address.reserved != 0) {
     fail("the shared-memory rail of node " + std::to_string(node) + " has another configuration than that of node " +
          std::to_string(config_.own_node));
   }
   Peer peer;
-  peer.region = Segment::open(address.region_name, address.region_bytes);
+  peer.region = Segment::open(address.region_name, apart ? address.slots_begin : address.region_bytes);
+  peer.memory = {peer.region.data(), nullptr, address.slots_begin, address.region_bytes};
+  if (apart) {
+    peer.memory.slots = config_.import_slots(std::string(address.slots_name, address.slots_name_bytes));
+    if (peer.memory.slots == nullptr) fail("the slots of node " + std::to_string(node) + " cannot be reached");
+  }
   peer.inbox = Segment::open(address.inbox_name, address.inbox_bytes);
   peer.ring = ring_of(peer.inbox, config_.own_node);
   peers_[node] = std::move(peer);
@@ -123,8 +135,8 @@ PostResult ShmRail::post_write(const WriteRequest& request) {
   MOE_EFA_CHECK(request.peer_node < config_.num_nodes && peers_[request.peer_node].ring != nullptr,
                 "write to unknown node " << request.peer_node);
   Peer& peer = peers_[request.peer_node];
-  MOE_EFA_CHECK(in_range(request.local_offset, request.bytes, config_.region_bytes) &&
-                    in_range(request.remote_offset, request.bytes, peer.region.size()),
+  MOE_EFA_CHECK(config_.memory.contains(request.local_offset, request.bytes) &&
+                    peer.memory.contains(request.remote_offset, request.bytes),
                 "write of " << request.bytes << " bytes from " << request.local_offset << " to "
                             << request.remote_offset << " of node " << request.peer_node << " leaves a region");
   if (done_tail_ - done_head_ == kMaxDone) return PostResult::kAgain;  // the completion queue: poll first
@@ -139,7 +151,7 @@ PostResult ShmRail::post_write(const WriteRequest& request) {
     if (peer.tail - peer.head == entries_) return PostResult::kAgain;
   }
   if (request.bytes > 0) {
-    std::memcpy(peer.region.data() + request.remote_offset, config_.region + request.local_offset, request.bytes);
+    std::memcpy(peer.memory.at(request.remote_offset), config_.memory.at(request.local_offset), request.bytes);
   }
   if (request.with_imm) {
     peer.ring->entries[peer.tail & (entries_ - 1)] = {request.imm, request.bytes};

@@ -4,19 +4,24 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "proto/region_memory.h"
 #include "transport/rail.h"
 #include "transport/segment.h"
 
 namespace moe_efa::transport {
 
 struct ShmRailConfig {
-  std::byte* region = nullptr;  // the own region: the segment `region_name`, mapped here
-  std::uint64_t region_bytes = 0;
+  proto::RegionMemory memory;  // the own region: the segment `region_name`, mapped here, holds it or all but the slots
   std::string region_name;
+  // Where slots lie apart: what peers need to reach them, and how the peers' are reached (null where that fails). They
+  // must be memory that the CPU can copy to, and stay reachable until the rail is destroyed.
+  std::string exported_slots;
+  std::function<std::byte*(const std::string& exported)> import_slots;
   std::string inbox_name;  // segment_name(job_key, rank, "inbox")
   std::uint32_t own_node = 0;
   std::uint32_t num_nodes = 1;
@@ -42,6 +47,7 @@ class ShmRail final : public Rail {
   struct Ring;
   struct Peer {
     Segment region, inbox;
+    proto::RegionMemory memory;
     Ring* ring = nullptr;    // ours, in the peer's inbox
     std::uint64_t tail = 0;  // next entry to write
     std::uint64_t head = 0;  // the peer's cursor as last seen

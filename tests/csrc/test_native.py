@@ -104,7 +104,8 @@ def tools(build: ModuleType) -> None:
 def native_tests(tools: None, build: ModuleType) -> NativeTests:
     """Everything compiled, in parallel."""
     flags = [*SANITIZERS, *build.find_libfabric().flags]
-    return NativeTests(build, FOLDER, flags, build.source_files(bindings=False), SOURCES)
+    library = [*build.source_files(bindings=False), EMULATED_DEVICE]
+    return NativeTests(build, FOLDER, flags, library, SOURCES)
 
 
 @pytest.fixture(scope="module")

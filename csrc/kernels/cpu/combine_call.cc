@@ -10,6 +10,7 @@
 #include "kernels/cpu/forward.h"
 #include "kernels/cpu/publish.h"
 #include "kernels/cpu/reduce.h"
+#include "kernels/header_check.h"
 
 namespace moe_efa::kernels::cpu {
 
@@ -263,18 +264,27 @@ void CombineCall::check_chunk(std::uint32_t node, std::uint32_t chunk) {
   std::uint64_t seq = receive_base_[node] + chunk;
   proto::ChunkHeader header;
   std::memcpy(&header, view.own_slots() + view.layout.ring_slot(kPhase, node, seq), sizeof(header));
-  if (header.seq == seq && header.epoch == own_.epoch && header.plan_id == own_.plan_id &&
-      header.first_row == facts.first_row(chunk) && header.rows == facts.rows_in(chunk) &&
-      header.dtype == static_cast<std::uint32_t>(own_.dtype) &&
-      ((header.flags ^ own_.flags) & proto::kFlagWeightGrads) == 0 &&
-      (header.required_capacity == 0 || args_.plan->is_static())) {
+  std::uint32_t rank = view.topology.rail_peer(node);
+  ExpectedHeader expected{};
+  expected.phase = kPhase;
+  expected.flags =
+      static_cast<std::uint8_t>(own_.flags | (chunk + 1 == facts.num_chunks ? proto::kFlagLast : std::uint8_t{0}));
+  expected.source_rank = rank;
+  expected.epoch = own_.epoch;
+  expected.seq = seq;
+  expected.plan_id = own_.plan_id;
+  expected.rows = facts.rows_in(chunk);
+  expected.first_row = facts.first_row(chunk);
+  expected.dtype = own_.dtype;
+  expected.may_overflow = args_.plan->is_static();
+  HeaderMismatch wrong = check_header(header, expected, view.layout.config());
+  if (wrong.part == HeaderPart::kAll || mutant(Mutant::kHeaderUnchecked)) {
     overflow_ = std::max(overflow_, header.required_capacity);
     return;
   }
-  std::uint32_t rank = view.topology.rail_peer(node);
   std::ostringstream text;
   text << "chunk " << seq << " of rank " << rank << " in combine, epoch " << own_.epoch
-       << ": header differs from the plan";
+       << ": header differs from the plan: " << header_text(wrong.part);
   throw common::StatusError({common::StatusCode::kProtocol, static_cast<int>(rank), static_cast<int>(kPhase),
                              static_cast<std::int64_t>(own_.epoch), static_cast<std::int64_t>(seq), text.str()});
 }

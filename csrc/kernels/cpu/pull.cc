@@ -10,6 +10,7 @@
 #include "common/status.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/stream.h"
+#include "kernels/header_check.h"
 
 namespace moe_efa::kernels::cpu {
 
@@ -84,19 +85,21 @@ void pull_chunk(const PullArgs& args, const proto::NodeView& view) {
   const RingFacts& facts = plan.rings[ring];
   proto::ChunkHeader header;
   std::memcpy(&header, args.slot, sizeof(header));
-  // The engine has checked the header against itself and its immediate; this checks it against what was announced.
-  if (header.magic != proto::kChunkMagic || header.seq != args.seq || header.epoch != args.epoch ||
-      header.source_rank != view.topology.rank_of(args.source_node, args.source_local)) {
-    reject(args, view, "header of another chunk or epoch");
-  }
-  if (header.plan_id != plan.plan_id) reject(args, view, "another plan");
-  if (header.first_row != facts.first_row(args.chunk) || header.rows != facts.rows_in(args.chunk)) {
-    reject(args, view, "rows differ from the announced cut");
-  }
-  if (((header.flags & proto::kFlagReplay) != 0) != args.replay ||
-      header.dtype != static_cast<std::uint32_t>(args.wire_dtype)) {
-    reject(args, view, "flags or dtype differ from the announced ones");
-  }
+  // The engine has checked the header against itself and its immediate, if it can; this is about what was announced
+  // too.
+  ExpectedHeader expected{};
+  expected.phase = proto::Phase::kDispatch;
+  expected.flags = static_cast<std::uint8_t>((args.replay ? proto::kFlagReplay : 0) |
+                                             (args.chunk + 1 == facts.num_chunks ? proto::kFlagLast : 0));
+  expected.source_rank = view.topology.rank_of(args.source_node, args.source_local);
+  expected.epoch = args.epoch;
+  expected.seq = args.seq;
+  expected.plan_id = plan.plan_id;
+  expected.rows = facts.rows_in(args.chunk);
+  expected.first_row = facts.first_row(args.chunk);
+  expected.dtype = args.wire_dtype;
+  HeaderMismatch wrong = check_header(header, expected, config);
+  if (wrong.part != HeaderPart::kAll && !mutant(Mutant::kHeaderUnchecked)) reject(args, view, header_text(wrong.part));
   bool hand_through = args.out_dtype == proto::DType::kFp8;
   MOE_EFA_CHECK(!hand_through || args.wire_dtype == proto::DType::kFp8,
                 "only an FP8 wire has FP8 rows to hand through");

@@ -410,20 +410,21 @@ MOE_EFA_DEVICE bool await_chunk(Block& block, const CombineArgs& args, const Wat
   }
   const auto& header =
       *reinterpret_cast<const proto::ChunkHeader*>(view.own_slots() + view.layout.ring_slot(kCombine, node, seq));
-  auto refuse = [&](What what, std::uint64_t expected, std::uint64_t got) {
-    report(block, watch, fault_of(args, what, peer, seq, expected, got));
-    return false;
-  };
-  if (header.seq != seq) return refuse(What::kHeader, seq, header.seq);
-  if (header.epoch != args.call->epoch) return refuse(What::kHeader, args.call->epoch, header.epoch);
-  if (header.plan_id != args.call->plan_id) return refuse(What::kPlan, args.call->plan_id, header.plan_id);
-  if (header.first_row != facts.first_row(chunk)) return refuse(What::kRows, facts.first_row(chunk), header.first_row);
-  if (header.rows != facts.rows_in(chunk)) return refuse(What::kRows, facts.rows_in(chunk), header.rows);
-  auto dtype = static_cast<std::uint32_t>(args.wire_dtype);
-  bool grads = (header.flags & proto::kFlagWeightGrads) != 0;
-  if (header.dtype != dtype || grads != (args.weight_grads != nullptr))
-    return refuse(What::kDType, dtype, header.dtype);
-  return true;
+  ExpectedHeader expected{};
+  expected.phase = kCombine;
+  expected.flags = static_cast<std::uint8_t>((args.weight_grads != nullptr ? proto::kFlagWeightGrads : 0) |
+                                             (chunk + 1 == facts.num_chunks ? proto::kFlagLast : 0));
+  expected.source_rank = peer;
+  expected.epoch = args.call->epoch;
+  expected.seq = seq;
+  expected.plan_id = args.call->plan_id;
+  expected.rows = facts.rows_in(chunk);
+  expected.first_row = facts.first_row(chunk);
+  expected.dtype = args.wire_dtype;
+  HeaderMismatch wrong = check_header(header, expected, view.layout.config());
+  if (wrong.part == HeaderPart::kAll) return true;
+  report(block, watch, fault_of(args, what_of(wrong.part), peer, seq, wrong.expected, wrong.got));
+  return false;
 }
 
 // For one warp: a token's result, once all that belongs to it is here. False after a fault.

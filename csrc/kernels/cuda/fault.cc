@@ -31,15 +31,15 @@ Text text_of(What what) {
     case What::kConsumed:
       return {StatusCode::kPeerTimeout, "no published chunk was consumed in time"};
     case What::kHeader:
-      return {StatusCode::kProtocol, "header of another chunk or epoch"};
+      return {StatusCode::kProtocol, header_text(HeaderPart::kIdentity)};
     case What::kPlan:
-      return {StatusCode::kProtocol, "another plan"};
+      return {StatusCode::kProtocol, header_text(HeaderPart::kPlan)};
     case What::kRows:
-      return {StatusCode::kProtocol, "rows differ from the announced cut"};
+      return {StatusCode::kProtocol, header_text(HeaderPart::kRows)};
     case What::kDType:
-      return {StatusCode::kProtocol, "flags or dtype differ from the announced ones"};
+      return {StatusCode::kProtocol, header_text(HeaderPart::kDType)};
     case What::kRowEntries:
-      return {StatusCode::kProtocol, "entries of a row out of range"};
+      return {StatusCode::kProtocol, header_text(HeaderPart::kEntries)};
     case What::kEntry:
       return {StatusCode::kProtocol, "expert or top-k position out of range"};
     case What::kIndex:
@@ -48,6 +48,8 @@ Text text_of(What what) {
       return {StatusCode::kProtocol, "entries left over"};
     case What::kPulls:
       return {StatusCode::kProtocol, "more rows than were announced"};
+    case What::kSize:
+      return {StatusCode::kProtocol, header_text(HeaderPart::kSize)};
     case What::kExpertId:
       return {StatusCode::kInvalid, "expert id out of range"};
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/block.h"
+#include "kernels/header_check.h"
 
 namespace moe_efa::kernels::cuda {
 
@@ -27,9 +28,30 @@ enum class What : std::uint32_t {
   kIndex,
   kLeftOver,
   kPulls,
+  kSize,
   // Arguments.
   kExpertId,
 };
+
+MOE_EFA_DEVICE inline What what_of(HeaderPart part) {
+  switch (part) {
+    case HeaderPart::kAll:
+      break;
+    case HeaderPart::kIdentity:
+      return What::kHeader;
+    case HeaderPart::kPlan:
+      return What::kPlan;
+    case HeaderPart::kRows:
+      return What::kRows;
+    case HeaderPart::kDType:
+      return What::kDType;
+    case HeaderPart::kEntries:
+      return What::kRowEntries;
+    case HeaderPart::kSize:
+      return What::kSize;
+  }
+  return What::kNothing;
+}
 
 struct Fault {
   std::uint64_t set;  // 1 when the rest is written

@@ -45,28 +45,21 @@ template <class Block>
 MOE_EFA_DEVICE bool check_header(Block& block, const PullArgs& args, const PullPart& part,
                                  const proto::ChunkHeader& header) {
   const RingFacts& facts = args.plan.rings[part.ring].facts;
-  const CallState& call = *args.call;
-  auto refuse = [&](What what, std::uint64_t expected, std::uint64_t got) {
-    report(block, args.watch, fault_of(block, args, part, what, expected, got));
-    return false;
-  };
-  if (header.seq != part.seq) return refuse(What::kHeader, part.seq, header.seq);
-  if (header.epoch != call.epoch) return refuse(What::kHeader, call.epoch, header.epoch);
-  if (header.magic != proto::kChunkMagic) return refuse(What::kHeader, proto::kChunkMagic, header.magic);
-  std::uint32_t source = args.view.topology.rank_of(part.node, part.local);
-  if (header.source_rank != source) return refuse(What::kHeader, source, header.source_rank);
-  if (header.plan_id != call.plan_id) return refuse(What::kPlan, call.plan_id, header.plan_id);
-  if (header.first_row != facts.first_row(part.chunk)) {
-    return refuse(What::kRows, facts.first_row(part.chunk), header.first_row);
-  }
-  if (header.rows != facts.rows_in(part.chunk)) return refuse(What::kRows, facts.rows_in(part.chunk), header.rows);
-  auto dtype = static_cast<std::uint32_t>(args.rings[part.ring].wire_dtype);
-  if (((header.flags & proto::kFlagReplay) != 0) != args.replay || header.dtype != dtype) {
-    return refuse(What::kDType, dtype, header.dtype);
-  }
-  std::uint64_t most = args.replay ? 0 : std::uint64_t{header.rows} * args.view.layout.config().top_k;
-  if (header.num_entries > most) return refuse(What::kRowEntries, most, header.num_entries);
-  return true;
+  ExpectedHeader expected{};
+  expected.phase = proto::Phase::kDispatch;
+  expected.flags = static_cast<std::uint8_t>((args.replay ? proto::kFlagReplay : 0) |
+                                             (part.chunk + 1 == facts.num_chunks ? proto::kFlagLast : 0));
+  expected.source_rank = args.view.topology.rank_of(part.node, part.local);
+  expected.epoch = args.call->epoch;
+  expected.seq = part.seq;
+  expected.plan_id = args.call->plan_id;
+  expected.rows = facts.rows_in(part.chunk);
+  expected.first_row = facts.first_row(part.chunk);
+  expected.dtype = args.rings[part.ring].wire_dtype;
+  HeaderMismatch wrong = kernels::check_header(header, expected, args.view.layout.config());
+  if (wrong.part == HeaderPart::kAll) return true;
+  report(block, args.watch, fault_of(block, args, part, what_of(wrong.part), wrong.expected, wrong.got));
+  return false;
 }
 
 // For one warp, all lanes: reads the metadata of a fresh chunk. The first round checks and counts, so that the chunk's

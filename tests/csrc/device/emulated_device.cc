@@ -90,6 +90,7 @@ EmulatedDevice::EmulatedDevice(bool stream_ordered) {
   facts_.kind = "emulated";
   facts_.num_sms = kNumSms;
   facts_.stream_ordered = stream_ordered;
+  facts_.flushes_writes = true;
 }
 
 EmulatedDevice::~EmulatedDevice() {
@@ -138,9 +139,15 @@ void* EmulatedDevice::import_memory(const std::string& exported) {
   if (file < 0) fail("cannot open " + path);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   if (memory == MAP_FAILED) fail("cannot map " + path);
+  ++imports_;
   std::lock_guard lock(mutex_);
   memory_[memory] = {file, bytes};
   return memory;
+}
+
+std::size_t EmulatedDevice::num_mappings() {
+  std::lock_guard lock(mutex_);
+  return memory_.size();
 }
 
 void EmulatedDevice::close_memory(void* imported) { free(imported); }

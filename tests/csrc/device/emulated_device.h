@@ -2,6 +2,7 @@
 // (kernels/emulated_block.h), and device memory is shared memory that other processes may import.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -63,8 +64,14 @@ class EmulatedDevice final : public kernels::Device {
   void wait_for(Stream stream, Mark mark) override;
   void release(Mark mark) override;
   void store_word(std::uint32_t* word, std::uint32_t value) override;
-  void flush_writes() override {}
+  void flush_writes() override { ++flushes_; }
   void drain() override;
+
+  // For tests.
+  kernels::DeviceFacts& change_facts() { return facts_; }
+  int flushes() const { return flushes_; }
+  int imports() const { return imports_; }
+  std::size_t num_mappings();  // allocated or imported, and not given back
 
  private:
   // Of export_memory(): shared between processes.
@@ -84,6 +91,7 @@ class EmulatedDevice final : public kernels::Device {
   std::map<Mark, std::shared_ptr<Point>> points_;
   Mark next_mark_ = 1;
   std::uint64_t seed_ = 0;
+  std::atomic<int> flushes_{0}, imports_{0};
   EmulatedStream streams_[1 + kNumOwnStreams];  // the caller's, and the own ones
 };
 

@@ -31,7 +31,8 @@ struct Bench {
   std::vector<std::byte> region;
   std::optional<engine::Engine> engine;
 
-  explicit Bench(std::uint32_t nodes = 2, std::uint32_t slots = 4, std::uint32_t nics = 1, std::uint32_t writes = 64) {
+  explicit Bench(std::uint32_t nodes = 2, std::uint32_t slots = 4, std::uint32_t nics = 1, std::uint32_t writes = 64,
+                 bool reads_slots = true) {
     config.num_nodes = nodes;
     config.experts_per_rank = 2;
     config.top_k = 2;
@@ -40,7 +41,13 @@ struct Bench {
     config.slots = slots;
     layout = proto::RegionLayout(config, 0);
     region.assign(layout.total_bytes(), std::byte{0});
-    engine.emplace(engine::EngineConfig{{nodes, 1, 0}, config, nics, writes, region.data()});
+    engine.emplace(engine::EngineConfig{{nodes, 1, 0}, config, nics, writes, region.data(), nullptr, reads_slots});
+  }
+  // Slots in a GPU's memory: whatever lands, its header is not looked at.
+  static Bench blind() { return Bench(2, 4, 1, 64, false); }
+  void land_unread(std::uint64_t seq, std::uint64_t epoch, std::uint32_t bytes = 0, bool last = false,
+                   Phase phase = kDispatch) {
+    engine->on_remote_imm(Imm::make(proto::chunk_kind(phase), last, epoch, 1, seq).encode(), bytes);
   }
 
   // --- outgoing
@@ -374,6 +381,109 @@ TEST_CASE("combine-chunks-are-checked-with-their-own-size") {
   header.flags |= proto::kFlagWeightGrads;
   bench.land(header, 1, 0, Phase::kCombine);
   bench.check_failed("size", 0, 1);
+}
+
+TEST_CASE("where-slots-cannot-be-read-the-immediate-and-the-counts-are-checked") {
+  std::uint64_t row = proto::hidden_row_bytes(kHidden, proto::DType::kFp32);
+  auto bytes_of = [&](std::uint32_t rows, std::uint32_t entries) {
+    return static_cast<std::uint32_t>(proto::dispatch_chunk_bytes(false, rows, entries, row));
+  };
+  // Nine rows in three chunks of four: 0, 1, 2. Each case lands before the counts, and after them.
+  struct Case {
+    const char* text;  // empty: accepted
+    std::uint64_t seq;
+    std::uint32_t bytes;
+    bool last;
+  };
+  const std::vector<Case> cases = {
+      {"", 0, 0, false},
+      {"", 1, bytes_of(4, 4), false},
+      {"", 1, bytes_of(4, 8), false},
+      {"", 2, bytes_of(1, 2), true},
+      {"", 2, 0, true},
+      {"not one of the 3 chunks announced from 0", 3, 0, false},
+      {"last mark contradicts", 2, 0, false},
+      {"last mark contradicts", 0, 0, true},
+      {"the counts allow", 1, bytes_of(4, 4) - 1, false},
+      {"the counts allow", 1, bytes_of(4, 8) + 1, false},
+      {"the counts allow", 2, bytes_of(4, 4), true},
+  };
+  for (const Case& c : cases) {
+    for (bool counts_first : {false, true}) {
+      Bench bench = Bench::blind();
+      bench.engine->on_begun(kDispatch, 3);
+      if (counts_first) bench.counts(bench.record(2), 2);
+      bench.actions();
+      bench.land_unread(c.seq, 2, c.bytes, c.last);
+      if (!counts_first) {
+        CHECK(bench.action(Action::Kind::kChunkArrived) == c.seq);
+        bench.counts(bench.record(2), 2);
+      }
+      INFO(c.text, " seq ", c.seq, " bytes ", c.bytes);
+      if (*c.text == '\0') {
+        CHECK(!bench.engine->failed());
+      } else {
+        bench.check_failed(c.text, 2, static_cast<std::int64_t>(c.seq));
+      }
+    }
+  }
+}
+
+TEST_CASE("where-slots-cannot-be-read-epochs-windows-and-lengths-are-checked") {
+  for (std::uint64_t epoch : {3, 4, 5, 6}) {
+    Bench bench = Bench::blind();
+    bench.engine->on_begun(kDispatch, 5);
+    bench.land_unread(0, epoch);
+    if (epoch == 4 || epoch == 5) {
+      CHECK(bench.action(Action::Kind::kChunkArrived) == 0);
+    } else {
+      bench.check_failed("stale or future epoch", -1, 0);
+    }
+  }
+  Bench twice = Bench::blind();
+  twice.land_unread(1, 0);
+  twice.actions();
+  twice.land_unread(1, 0);
+  twice.check_failed("arrived twice", -1, 1);
+  Bench beyond = Bench::blind();
+  beyond.land_unread(4, 0);
+  beyond.check_failed("outside the credit window", -1, 4);
+  Bench small = Bench::blind();
+  small.land_unread(0, 0, 63);
+  small.check_failed("a chunk of 63 bytes", 0, 0);
+  Bench large = Bench::blind();
+  large.land_unread(0, 0, static_cast<std::uint32_t>(large.layout.slot_bytes(kDispatch)) + 1);
+  large.check_failed("a chunk of", 0, 0);
+  // A later epoch's counts say nothing of chunks before them; nor does a header that nobody reads.
+  Bench next = Bench::blind();
+  next.engine->on_begun(kDispatch, 1);
+  proto::ChunkHeader header = next.header(0);
+  header.magic = 0;
+  next.land(header, 0);
+  CHECK(next.action(Action::Kind::kChunkArrived) == 0);
+  proto::CountsRecord record = next.record(1);
+  record.first_seq = 3;
+  next.counts(record, 1);
+  CHECK(!next.engine->failed());
+}
+
+TEST_CASE("where-slots-cannot-be-read-a-combine-chunk-has-the-length-that-its-counts-say") {
+  for (bool grads : {false, true}) {
+    Bench bench = Bench::blind();
+    bench.engine->on_begun(Phase::kCombine, 1);
+    proto::CountsRecord record = bench.record(0);
+    record.phase = 1;
+    record.flags = grads ? proto::kFlagWeightGrads : std::uint8_t{0};
+    std::memcpy(bench.region.data() + bench.layout.counts(Phase::kCombine, 1, 0), &record, sizeof(record));
+    bench.engine->on_remote_imm(Imm::make(ImmKind::kCombineCounts, false, 0, 1, 0).encode(), 0);
+    std::uint64_t row = proto::hidden_row_bytes(kHidden, proto::DType::kFp32);
+    auto bytes = static_cast<std::uint32_t>(proto::combine_chunk_bytes(grads, 4, 2, row));
+    bench.land_unread(0, 0, bytes, false, Phase::kCombine);
+    CHECK(!bench.engine->failed());
+    bench.actions();
+    bench.land_unread(1, 0, bytes + (grads ? -32 : 32), false, Phase::kCombine);
+    bench.check_failed("the counts allow", 0, 1);
+  }
 }
 
 TEST_CASE("counts-are-passed-on-once-per-epoch") {

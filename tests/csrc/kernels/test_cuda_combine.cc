@@ -142,7 +142,14 @@ struct Combining {
         std::uint32_t rows = facts.rows_in(chunk);
         std::byte* slot = one.view.own_slots() + one.view.layout.ring_slot(kPhase, node, seq);
         proto::ChunkHeader header{};
-        header.flags = c.grads ? proto::kFlagWeightGrads : 0;
+        header.magic = proto::kChunkMagic;
+        header.version = proto::kProtocolVersion;
+        header.phase = static_cast<std::uint8_t>(kPhase);
+        header.flags = static_cast<std::uint8_t>((c.grads ? proto::kFlagWeightGrads : 0) |
+                                                 (chunk + 1 == facts.num_chunks ? proto::kFlagLast : 0));
+        header.source_rank = one.view.topology.rail_peer(node);
+        header.total_bytes =
+            static_cast<std::uint32_t>(proto::combine_chunk_bytes(c.grads, rows, one.config.top_k, row_bytes));
         header.dtype = static_cast<std::uint32_t>(c.wire);
         header.epoch = call.epoch;
         header.seq = seq;
@@ -314,15 +321,36 @@ TEST_CASE("a-source-without-credit-holds-up-no-other-and-is-named-in-time") {
   }
 }
 
-TEST_CASE("reduce-refuses-a-chunk-of-another-plan") {
-  auto owned = std::make_unique<Combining>(CombineCase{"refuse", 40, DType::kBf16, DType::kBf16}, 4);
-  Combining& combining = *owned;
-  std::uint64_t seq = combining.receive_seq[2], wrong = 4;
-  std::memcpy(combining.one.view.own_slots() + combining.one.view.layout.ring_slot(kPhase, 2, seq) +
-                  offsetof(proto::ChunkHeader, plan_id),
-              &wrong, sizeof(wrong));
-  combining.run({1, 1, 1}, 1);
-  CHECK(combining.fault.what == What::kPlan);
-  CHECK(combining.fault.peer == 4);
-  CHECK(combining.fault.got == 4);
+TEST_CASE("reduce-refuses-a-header-of-another-chunk-plan-or-cut") {
+  using proto::ChunkHeader;
+  auto refused = [](std::size_t offset, auto value, What what) {
+    auto owned = std::make_unique<Combining>(CombineCase{"refuse", 40, DType::kBf16, DType::kBf16}, 4);
+    Combining& combining = *owned;
+    std::uint64_t seq = combining.receive_seq[2];
+    REQUIRE(combining.plan->send[2].facts.num_chunks > 1);
+    std::byte* slot = combining.one.view.own_slots() + combining.one.view.layout.ring_slot(kPhase, 2, seq);
+    REQUIRE(std::memcmp(slot + offset, &value, sizeof(value)) != 0);
+    std::memcpy(slot + offset, &value, sizeof(value));
+    combining.run({1, 1, 1}, 1);
+    CAPTURE(offset);
+    CHECK(combining.fault.what == what);
+    CHECK(combining.fault.peer == 4);
+    CHECK(combining.fault.chunk == seq);
+    if constexpr (sizeof(value) == 8) CHECK(combining.fault.got == value);
+  };
+  refused(offsetof(ChunkHeader, seq), std::uint64_t{34}, What::kHeader);
+  refused(offsetof(ChunkHeader, epoch), std::uint64_t{6}, What::kHeader);
+  refused(offsetof(ChunkHeader, magic), 0u, What::kHeader);
+  refused(offsetof(ChunkHeader, version), std::uint16_t{2}, What::kHeader);
+  refused(offsetof(ChunkHeader, phase), std::uint8_t{0}, What::kHeader);
+  refused(offsetof(ChunkHeader, source_rank), 1u, What::kHeader);
+  refused(offsetof(ChunkHeader, plan_id), std::uint64_t{4}, What::kPlan);
+  refused(offsetof(ChunkHeader, required_capacity), std::uint64_t{7}, What::kPlan);
+  refused(offsetof(ChunkHeader, rows), 77u, What::kRows);
+  refused(offsetof(ChunkHeader, first_row), 1u, What::kRows);
+  refused(offsetof(ChunkHeader, dtype), 1u, What::kDType);
+  refused(offsetof(ChunkHeader, flags), proto::kFlagWeightGrads, What::kDType);
+  refused(offsetof(ChunkHeader, flags), proto::kFlagLast, What::kDType);
+  refused(offsetof(ChunkHeader, num_entries), 1u, What::kRowEntries);
+  refused(offsetof(ChunkHeader, total_bytes), 64u, What::kSize);
 }

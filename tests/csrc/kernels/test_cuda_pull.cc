@@ -264,13 +264,18 @@ TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {
   refused(offsetof(ChunkHeader, seq), std::uint64_t{34}, What::kHeader);
   refused(offsetof(ChunkHeader, epoch), std::uint64_t{6}, What::kHeader);
   refused(offsetof(ChunkHeader, magic), 0u, What::kHeader);
+  refused(offsetof(ChunkHeader, version), std::uint16_t{2}, What::kHeader);
+  refused(offsetof(ChunkHeader, phase), std::uint8_t{1}, What::kHeader);
   refused(offsetof(ChunkHeader, source_rank), 1u, What::kHeader);
   refused(offsetof(ChunkHeader, plan_id), std::uint64_t{8}, What::kPlan);
   refused(offsetof(ChunkHeader, rows), 2u, What::kRows);
   refused(offsetof(ChunkHeader, first_row), 1u, What::kRows);
   refused(offsetof(ChunkHeader, dtype), 1u, What::kDType);
   refused(offsetof(ChunkHeader, flags), proto::kFlagReplay, What::kDType);
+  refused(offsetof(ChunkHeader, flags), proto::kFlagLast, What::kDType);
   refused(offsetof(ChunkHeader, num_entries), ~0u, What::kRowEntries);
+  refused(offsetof(ChunkHeader, total_bytes), 64u, What::kSize);
+  refused(offsetof(ChunkHeader, required_capacity), std::uint64_t{1}, What::kPlan);
 }
 
 TEST_CASE("pull-refuses-metadata-out-of-bounds") {

@@ -192,6 +192,11 @@ TEST_CASE("pull-refuses-a-header-of-another-chunk-epoch-plan-or-cut") {
   refused(offsetof(proto::ChunkHeader, first_row), 1u, "announced cut");
   refused(offsetof(proto::ChunkHeader, dtype), 0u, "flags or dtype");
   refused(offsetof(proto::ChunkHeader, flags), proto::kFlagReplay, "flags or dtype");
+  refused(offsetof(proto::ChunkHeader, version), std::uint16_t{2}, "another chunk");
+  refused(offsetof(proto::ChunkHeader, phase), std::uint8_t{1}, "another chunk");
+  refused(offsetof(proto::ChunkHeader, num_entries), ~0u, "entries of a row");
+  refused(offsetof(proto::ChunkHeader, total_bytes), 64u, "another size");
+  refused(offsetof(proto::ChunkHeader, required_capacity), std::uint64_t{1}, "another plan");
 }
 
 TEST_CASE("pull-refuses-metadata-out-of-bounds") {

@@ -49,11 +49,12 @@ class InprocRail final : public transport::Rail {
 
   transport::PostResult post_write(const transport::WriteRequest& request) override {
     if (outstanding_ == max_outstanding_) return transport::PostResult::kAgain;
-    std::uint64_t end = fabric_.regions_[rank_].bytes;
-    MOE_EFA_CHECK(request.local_offset + request.bytes <= end && request.remote_offset + request.bytes <= end,
+    std::uint32_t peer = request.peer_node * fabric_.node_size_ + rank_ % fabric_.node_size_;
+    MOE_EFA_CHECK(fabric_.regions_[rank_].contains(request.local_offset, request.bytes) &&
+                      fabric_.regions_[peer].contains(request.remote_offset, request.bytes),
                   "a write outside of a region");
     ++outstanding_;
-    InprocFabric::End& to = fabric_.end(request.peer_node * fabric_.node_size_ + rank_ % fabric_.node_size_, nic_);
+    InprocFabric::End& to = fabric_.end(peer, nic_);
     std::lock_guard lock(to.mutex);
     to.inbound.push_back({request, rank_});
     return transport::PostResult::kPosted;

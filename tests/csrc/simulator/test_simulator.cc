@@ -55,6 +55,7 @@ TEST_CASE("the-same-seed-gives-the-same-run") {
 TEST_CASE("the-seeds-cover-what-they-should") {
   bool one_slot = false, wrap = false, one_node = false, replay = false, older_plan = false, no_tokens = false;
   bool none_selected = false, duplicate = false, one_by_one = false, far_ahead = false;
+  bool apart = false, unread = false, apart_and_unread = false;
   bool exact = false, fits = false, overflows = false, no_room = false, replayed = false, own_alignments = false;
   bool fp8_dispatch = false, fp8_replay = false, fp8_output = false, fp8_combine = false, ue8m0 = false, blocks = false;
   for (std::uint64_t seed = 0; seed < 120; ++seed) {
@@ -78,6 +79,9 @@ TEST_CASE("the-seeds-cover-what-they-should") {
       blocks |= world.layout.hidden_size > moe_efa::proto::kFp8BlockSize;
     }
     wrap |= dispatches > 40;
+    apart |= world.slots_apart;
+    unread |= !world.reads_slots && world.num_nodes() > 1;
+    apart_and_unread |= world.slots_apart && !world.reads_slots && world.num_nodes() > 1;
     Reference reference(world);
     for (std::uint32_t plan = 0; plan < plans; ++plan) {
       exact |= !world.is_static(plan);
@@ -110,6 +114,9 @@ TEST_CASE("the-seeds-cover-what-they-should") {
   CHECK(one_node);
   CHECK(one_by_one);
   CHECK(far_ahead);
+  CHECK(apart);
+  CHECK(unread);
+  CHECK(apart_and_unread);
   CHECK(replay);
   CHECK(older_plan);
   CHECK(no_tokens);

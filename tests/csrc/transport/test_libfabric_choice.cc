@@ -129,7 +129,7 @@ TEST_CASE("an endpoint that would silently do less is refused, with the numbers"
   CHECK(unfit(facts, needs()) == "");
   RailNeeds gpu = needs();
   gpu.device_memory = true;
-  CHECK(mentions(unfit(efa("efa-direct", 0), gpu), {"FI_HMEM"}));
+  CHECK(mentions(unfit(efa("efa-direct", 0), gpu), {"FI_HMEM", "buffers=\"host\""}));
   facts = efa("efa-direct", 0);
   facts.device_memory = true;
   CHECK(unfit(facts, gpu) == "");
@@ -160,6 +160,10 @@ TEST_CASE("EFA gets the interface whose rules were reviewed, where the library h
   CHECK(api_version_for("efa", {2, 6}) == ApiVersion{1, 22});
   CHECK(api_version_for("efa", {1, 22}) == ApiVersion{1, 22});
   CHECK(api_version_for("efa", {1, 18}) == ApiVersion{1, 18});
+  CHECK(takes_dmabuf("efa", {2, 6}));
+  CHECK(takes_dmabuf("efa", {1, 20}));
+  CHECK_FALSE(takes_dmabuf("efa", {1, 19}));
+  CHECK_FALSE(takes_dmabuf("verbs;ofi_rxm", {2, 6}));
 }
 
 TEST_CASE("EFA endpoints share no memory, take receives as credits, wait for receivers and use the device") {

@@ -21,6 +21,7 @@ using moe_efa::common::StatusError;
 using moe_efa::proto::Imm;
 using moe_efa::proto::ImmKind;
 using namespace moe_efa::transport;
+namespace proto = moe_efa::proto;
 
 namespace {
 
@@ -66,8 +67,7 @@ struct Node {
   std::vector<RailEvent> errors;
 
   explicit Node(LibfabricRailConfig config) {
-    config.region = region.data();
-    config.region_bytes = region.size();
+    if (config.memory.region == nullptr) config.memory = {region.data(), nullptr, 0, region.size()};
     rail = make_libfabric_rail(config);
   }
 
@@ -180,10 +180,11 @@ TEST_CASE("an unknown provider and an empty region are configuration errors") {
 TEST_CASE("a rail that cannot do what is asked is not constructed, and says what is missing") {
   if (!available()) return;
   LibfabricRailConfig config = test_config();
-  config.memory.kind = MemoryDescriptor::Kind::kCuda;
+  config.slots.kind = MemoryDescriptor::Kind::kCuda;
   std::string message;
   CHECK(code_of([&] { Node node(config); }, &message) == StatusCode::kConfig);
   CHECK(message.find("FI_HMEM") != std::string::npos);
+  CHECK(message.find("buffers=\"host\"") != std::string::npos);
   const std::string chosen = default_provider(test_search());
   CHECK_FALSE(chosen.empty());
   MESSAGE("without a name: " << chosen);
@@ -234,6 +235,61 @@ TEST_CASE("two rails greet each other and carry payloads with their immediates")
   }
   CHECK(group[0].errors.empty());
   CHECK(group[1].errors.empty());
+}
+
+TEST_CASE("slots that lie apart are written and read at their offsets, and no write crosses into them") {
+  if (!available()) return;
+  constexpr std::uint64_t kBorder = 1 << 20, kGuard = 4096;
+  std::vector<std::byte> words[2], slots[2];
+  Group group(0);
+  for (int i = 0; i < 2; ++i) {
+    words[i].assign(kBorder + kGuard, std::byte{0xee});
+    slots[i].assign(kRegionBytes - kBorder + kGuard, std::byte{0xee});
+    LibfabricRailConfig config = test_config();
+    config.num_peers = 2;
+    config.memory = {words[i].data(), slots[i].data(), kBorder, kRegionBytes};
+    group.nodes.push_back(std::make_unique<Node>(config));
+  }
+  for (std::uint32_t i = 0; i < 2; ++i) group[i].rail->add_peer(1 - i, group[1 - i].rail->local_address());
+  const proto::RegionMemory from{words[0].data(), slots[0].data(), kBorder, kRegionBytes};
+  const proto::RegionMemory to{words[1].data(), slots[1].data(), kBorder, kRegionBytes};
+  struct Range {
+    std::uint64_t local, remote;
+    std::uint32_t bytes;
+  };
+  const Range ranges[] = {{0, 64, 100},                                   // words to words
+                          {kBorder, kBorder, 5000},                       // slots to slots
+                          {kBorder - 256, kBorder + 8192, 256},           // up to the border
+                          {kBorder + 6000, kBorder - 512, 512},           // into what ends there
+                          {kRegionBytes - 300, kRegionBytes - 300, 300},  // up to the end
+                          {kBorder + 1000, kBorder + 20000, 1u << 20}};
+  std::size_t posted = 0;
+  for (const Range& range : ranges) {
+    CAPTURE(range.local);
+    for (std::uint32_t i = 0; i < range.bytes; ++i) from.at(range.local)[i] = pattern(range.local, i);
+    REQUIRE(group.post(0, {1, range.bytes, range.local, range.remote, 9, 1}));
+    ++posted;
+    REQUIRE(group.until([&] { return group[1].arrived.size() == posted && group[0].done.size() == posted; }));
+    CHECK(std::memcmp(to.at(range.remote), from.at(range.local), range.bytes) == 0);
+  }
+  for (std::uint64_t offset : {std::uint64_t{0}, kBorder, kRegionBytes}) {  // immediates without bytes
+    REQUIRE(group.post(0, {1, 0, offset, offset, 77, 5}));
+    ++posted;
+  }
+  REQUIRE(group.until([&] { return group[1].arrived.size() == posted && group[0].done.size() == posted; }));
+  for (int i = 0; i < 2; ++i) {
+    for (std::uint64_t k = 0; k < kGuard; ++k) {
+      REQUIRE(words[i][kBorder + k] == std::byte{0xee});
+      REQUIRE(slots[i][kRegionBytes - kBorder + k] == std::byte{0xee});
+    }
+  }
+  auto code = [&](const WriteRequest& request) { return code_of([&] { group[0].rail->post_write(request); }); };
+  CHECK(code({1, 512, kBorder - 256, kBorder, 1, 1}) == StatusCode::kInternal);
+  CHECK(code({1, 512, kBorder, kBorder - 256, 1, 1}) == StatusCode::kInternal);
+  CHECK(code({1, 1, kBorder, kRegionBytes, 1, 1}) == StatusCode::kInternal);
+  CHECK(code({1, 1, kRegionBytes, kBorder, 1, 1}) == StatusCode::kInternal);
+  CHECK(code({1, 4096, kBorder, ~0ull - 10, 1, 1}) == StatusCode::kInternal);
+  group.nodes.clear();  // before what they registered
 }
 
 TEST_CASE("an immediate without bytes may stand at the very end of both regions") {
@@ -340,7 +396,7 @@ TEST_CASE("addresses that are damaged or of another provider are refused by name
   bad[8] ^= std::byte{0x40};  // provider version
   CHECK(refused(bad));
   bad = good;
-  std::memcpy(&bad[44], "efa-direct", 11);
+  std::memcpy(&bad[68], "efa-direct", 11);
   CHECK(refused(bad));
   CHECK(message.find("efa-direct") != std::string::npos);
   CHECK(message.find("peer node 1") != std::string::npos);

@@ -37,8 +37,7 @@ struct World {
     for (std::uint32_t node = 0; node < num_nodes; ++node) {
       regions.push_back(Segment::create(segment_name(key, static_cast<int>(node)), kRegionBytes));
       ShmRailConfig config;
-      config.region = regions.back().data();
-      config.region_bytes = kRegionBytes;
+      config.memory = {regions.back().data(), nullptr, 0, kRegionBytes};
       config.region_name = regions.back().name();
       config.inbox_name = segment_name(key, static_cast<int>(node), "inbox");
       config.own_node = node;
@@ -182,13 +181,13 @@ TEST_CASE("an address that does not fit is a configuration error") {
   auto changed = blob;
   changed.pop_back();
   CHECK(add(1, changed) == StatusCode::kConfig);
-  for (std::size_t at : {0, 4, 8, 12, 16, 24, 32, 45, 301}) {  // every field, and both names
+  for (std::size_t at : {0, 4, 8, 12, 16, 24, 32, 40, 48, 52, 61, 317}) {  // every field, and both names
     changed = blob;
     changed[at] ^= std::byte{1};
     CHECK_MESSAGE(add(1, changed) == StatusCode::kConfig, "byte " << at);
   }
   changed = blob;
-  for (std::size_t i = 40; i < changed.size(); ++i) changed[i] = std::byte{'x'};  // names without an end
+  for (std::size_t i = 56; i < changed.size(); ++i) changed[i] = std::byte{'x'};  // names without an end
   CHECK(add(1, changed) == StatusCode::kConfig);
   CHECK(add(1, blob) == StatusCode::kOk);
   CHECK(add(1, blob) == StatusCode::kInternal);  // twice
@@ -205,6 +204,56 @@ TEST_CASE("a corrupt inbox is one error event, not a read out of bounds") {
   CHECK_FALSE(events[0].own_write);
   CHECK(events[0].peer_node == 0);
   CHECK(world.rails[1]->poll(events) == 0);
+}
+
+TEST_CASE("slots that lie apart are reached through what their owner exports") {
+  static constexpr std::uint64_t kBorder = 1 << 16;
+  std::string key = "apart" + std::to_string(::getpid());
+  std::vector<Segment> words, slots, imported;
+  std::vector<std::unique_ptr<ShmRail>> rails;
+  auto config_of = [&](std::uint32_t node) {
+    ShmRailConfig config;
+    config.memory = {words[node].data(), slots[node].data(), kBorder, kRegionBytes};
+    config.region_name = words[node].name();
+    config.inbox_name = segment_name(key, static_cast<int>(node), "inbox");
+    config.own_node = node;
+    config.num_nodes = 2;
+    config.exported_slots = slots[node].name();
+    config.import_slots = [&imported](const std::string& exported) {
+      imported.push_back(Segment::open(exported, kRegionBytes - kBorder));
+      return imported.back().data();
+    };
+    return config;
+  };
+  for (std::uint32_t node = 0; node < 2; ++node) {
+    words.push_back(Segment::create(segment_name(key, static_cast<int>(node)), kBorder));
+    slots.push_back(Segment::create(segment_name(key, static_cast<int>(node), "slots"), kRegionBytes - kBorder));
+    rails.push_back(std::make_unique<ShmRail>(config_of(node)));
+  }
+  for (std::uint32_t node = 0; node < 2; ++node) rails[node]->add_peer(1 - node, rails[1 - node]->local_address());
+  std::memcpy(words[0].data() + kBorder - 8, "payload", 8);
+  std::memcpy(slots[0].data() + 100, "slotful", 8);
+  CHECK(rails[0]->post_write({1, 8, kBorder - 8, kBorder, 1, 1}) == PostResult::kPosted);
+  CHECK(rails[0]->post_write({1, 8, kBorder + 100, 16, 2, 2}) == PostResult::kPosted);
+  CHECK(rails[0]->post_write({1, 8, kBorder + 100, kRegionBytes - 8, 3, 3}) == PostResult::kPosted);
+  RailEvent events[4];
+  REQUIRE(rails[1]->poll(events) == 3);
+  CHECK(std::memcmp(slots[1].data(), "payload", 8) == 0);
+  CHECK(std::memcmp(words[1].data() + 16, "slotful", 8) == 0);
+  CHECK(std::memcmp(slots[1].data() + slots[1].size() - 8, "slotful", 8) == 0);
+  CHECK(code_of([&] { rails[0]->post_write({1, 8, kBorder - 4, kBorder, 1, 1}); }) == StatusCode::kInternal);
+  CHECK(code_of([&] { rails[0]->post_write({1, 8, kBorder, kBorder - 4, 1, 1}); }) == StatusCode::kInternal);
+
+  // A node whose slots are in its region has another configuration.
+  ShmRailConfig whole = config_of(1);
+  whole.memory = {words[1].data(), nullptr, 0, kBorder};
+  whole.exported_slots.clear();
+  whole.inbox_name += "2";
+  ShmRail other(whole);
+  ShmRailConfig third = config_of(0);
+  third.inbox_name += "3";
+  ShmRail own(third);
+  CHECK(code_of([&] { own.add_peer(1, other.local_address()); }) == StatusCode::kConfig);
 }
 
 TEST_CASE("after unlink nothing is left in /dev/shm and the rails still work") {

@@ -1,0 +1,82 @@
+#include "runtime/slot_memory.h"
+
+#include <unistd.h>
+
+#include "common/status.h"
+
+namespace moe_efa::runtime {
+
+namespace {
+
+constexpr char kCuda[] = "cuda";
+
+[[noreturn]] void refuse(const std::string& text) {
+  throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1, text});
+}
+
+void check(const GroupConfig& config, const kernels::Device* device) {
+  if (config.buffers != "host" && config.buffers != "device") {
+    refuse("buffers=\"" + config.buffers + "\": use \"host\" or \"device\"");
+  }
+  if (config.buffers == "host") return;
+  if (device == nullptr) refuse("buffers=\"device\" needs a GPU: use buffers=\"host\"");
+  const kernels::DeviceFacts& facts = device->facts();
+  bool shares = config.topology.node_size > 1 || config.transport == "shm";
+  if (shares && !facts.shares_memory) {
+    refuse("buffers=\"device\": the ranks of a node cannot read each other's memory of " + facts.name +
+           " here: use buffers=\"host\"");
+  }
+  if (facts.kind == kCuda && config.transport == "shm") {
+    refuse("transport 'shm' copies with the CPU, which does not reach memory of a GPU: use buffers=\"host\"");
+  }
+}
+
+}  // namespace
+
+SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& layout,
+                       std::shared_ptr<kernels::Device> device)
+    : layout_(layout), device_(std::move(device)), index_(config.device_index) {
+  check(config, device_.get());
+  if (config.buffers == "host") return;
+  std::uint64_t bytes = layout_.total_bytes() - layout_.slots_begin();
+  slots_ = static_cast<std::byte*>(device_->allocate(bytes));
+  try {
+    if (device_->facts().shares_memory) exported_ = device_->export_memory(slots_);
+    if (config.transport == "libfabric" && device_->facts().dma_buf) {
+      dmabuf_fd_ = device_->dma_buf(slots_, bytes, &dmabuf_offset_);
+    }
+  } catch (...) {
+    release();
+    throw;
+  }
+}
+
+SlotMemory::~SlotMemory() { release(); }
+
+void SlotMemory::release() {
+  for (const auto& [exported, memory] : imported_) device_->close_memory(memory);
+  imported_.clear();
+  if (dmabuf_fd_ >= 0) ::close(dmabuf_fd_);
+  if (slots_ != nullptr) device_->free(slots_);
+  slots_ = nullptr;
+}
+
+std::byte* SlotMemory::import(const std::string& exported) {
+  if (!apart()) return nullptr;
+  if (exported.empty()) refuse("a rank of this host exports no memory of its GPU: use buffers=\"host\"");
+  auto known = imported_.find(exported);
+  if (known != imported_.end()) return known->second;
+  return imported_[exported] = static_cast<std::byte*>(device_->import_memory(exported));
+}
+
+transport::MemoryDescriptor SlotMemory::descriptor() const {
+  transport::MemoryDescriptor descriptor;
+  if (!apart() || device_->facts().kind != kCuda) return descriptor;
+  descriptor.kind = transport::MemoryDescriptor::Kind::kCuda;
+  descriptor.device = index_;
+  descriptor.dmabuf_fd = dmabuf_fd_;
+  descriptor.dmabuf_offset = dmabuf_offset_;
+  return descriptor;
+}
+
+}  // namespace moe_efa::runtime

@@ -1,0 +1,318 @@
+// Groups whose slots lie in memory of a device (one of host memory, which the calls of the CPU can use): the same bits
+// as with slots in the region, over every transport; and what does not fit together is refused with its cure.
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../device/emulated_device.h"
+#include "runtime/address.h"
+#include "runtime/group.h"
+#include "runtime/slot_memory.h"
+#include "transport/libfabric_loader.h"
+
+using namespace moe_efa;
+using common::StatusCode;
+using common::StatusError;
+using runtime::Group;
+using runtime::GroupConfig;
+using testing::EmulatedDevice;
+
+namespace {
+
+constexpr std::uint32_t kHidden = 24, kTopK = 3, kExpertsPerRank = 2, kMostTokens = 20, kRounds = 4;
+
+std::string unique_key() {
+  static int serial = 0;
+  return "slot-memory-" + std::to_string(getpid()) + "-" + std::to_string(serial++);
+}
+
+transport::LibfabricSearch search() {
+  const char* library = std::getenv("MOE_EFA_LIBFABRIC");
+  return {library != nullptr ? library : "", {}};
+}
+
+GroupConfig config_of(std::uint32_t rank, std::uint32_t num_ranks, std::uint32_t node_size,
+                      const std::string& transport, const std::string& buffers, const std::string& job_key) {
+  GroupConfig config;
+  config.topology = {num_ranks, node_size, rank};
+  config.num_experts = num_ranks * kExpertsPerRank;
+  config.hidden_size = kHidden;
+  config.top_k = kTopK;
+  config.max_tokens_per_rank = kMostTokens;
+  config.transport = transport;
+  if (transport == "libfabric") config.provider = "tcp";
+  config.libfabric = search().library;
+  config.timeout_s = 60;
+  config.job_key = job_key;
+  config.ranks_on_host = num_ranks;
+  config.chunk_rows = 4;
+  config.slots = 3;  // most chunks wait for a credit
+  config.buffers = buffers;
+  return config;
+}
+
+// What a rank got, all rounds.
+struct Results {
+  std::vector<float> rows, weights, out;
+  bool operator==(const Results&) const = default;
+};
+
+Results run_rounds(Group& group, EmulatedDevice* device, std::uint32_t rank, std::uint32_t num_ranks) {
+  Results results;
+  std::uint32_t state = rank * 104729 + 1;
+  auto random = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
+  for (std::uint32_t round = 0; round < kRounds; ++round) {
+    std::uint32_t tokens = round == 2 && rank == 1 ? 0 : kMostTokens - random() % 7;
+    std::vector<float> x(tokens * kHidden + 1), weights(tokens * kTopK + 1);
+    std::vector<std::int64_t> topk(tokens * kTopK + 1);
+    for (float& value : x) value = static_cast<float>(random() % 1000) / 7 - 70.0f;
+    for (float& value : weights) value = static_cast<float>(random() % 100) / 64.0f;
+    for (std::int64_t& expert : topk) {
+      expert = static_cast<std::int64_t>(random() % (num_ranks * kExpertsPerRank + 1)) - 1;
+      if (round == 1) expert = 2;  // one takes all
+      if (round == 3 && rank == 0) expert = -1;
+    }
+    runtime::DispatchRequest request;
+    request.x = x.data();
+    request.dtype = proto::DType::kFp32;
+    request.num_tokens = tokens;
+    request.topk_idx = topk.data();
+    request.topk_weights = weights.data();
+    std::vector<float> got, row_weights, out(tokens * kHidden + 1, -1.0f);
+    auto make_room = [&](const kernels::Plan& plan) {
+      got.assign(static_cast<std::size_t>(plan.rows()) * kHidden + 1, 0.0f);
+      row_weights.assign(static_cast<std::size_t>(plan.rows()) + 1, 0.0f);
+      return kernels::DispatchOutput{got.data(), row_weights.data(), nullptr, false};
+    };
+    runtime::CombineRequest combine;
+    combine.dtype = proto::DType::kFp32;
+    combine.out = out.data();
+    if (device == nullptr) {
+      combine.plan = group.dispatch_begin(request);
+      group.dispatch_finish(make_room(*combine.plan));
+      combine.y = got.data();
+      combine.weights = row_weights.data();
+      group.combine(combine);
+    } else {
+      void* send = request.send_memory = device->allocate(group.device_send_bytes(tokens));
+      std::uint64_t ticket = group.dispatch_start(request, nullptr);
+      runtime::DispatchSizes sizes = group.dispatch_sizes(ticket);
+      void* plan = device->allocate(std::max<std::size_t>(sizes.plan_bytes, 1));
+      group.dispatch_place(ticket, make_room(*sizes.plan), plan);
+      group.finish(ticket);
+      combine.plan = sizes.plan;
+      combine.y = got.data();
+      combine.weights = row_weights.data();
+      group.finish(group.combine_start(combine));
+      device->drain();
+      device->free(send);
+      device->free(plan);
+    }
+    results.rows.insert(results.rows.end(), got.begin(), got.end());
+    results.weights.insert(results.weights.end(), row_weights.begin(), row_weights.end());
+    results.out.insert(results.out.end(), out.begin(), out.end());
+  }
+  return results;
+}
+
+struct Run {
+  std::vector<Results> results;  // by rank
+  std::vector<std::shared_ptr<EmulatedDevice>> devices;
+  std::string failure;
+};
+
+// `buffers` "": on the CPU.
+Run run_group(std::uint32_t num_ranks, std::uint32_t node_size, const std::string& transport,
+              const std::string& buffers, bool reorder) {
+  Run run;
+  run.results.resize(num_ranks);
+  std::vector<std::unique_ptr<Group>> groups;
+  std::vector<std::string> addresses;
+  std::string key = unique_key();
+  for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
+    GroupConfig config = config_of(rank, num_ranks, node_size, transport, buffers.empty() ? "host" : buffers, key);
+    config.reorder = reorder;
+    config.reorder_seed = 11;
+    run.devices.push_back(buffers.empty() ? nullptr : std::make_shared<EmulatedDevice>(true));
+    groups.push_back(std::make_unique<Group>(config, run.devices.back()));
+    addresses.push_back(groups.back()->address());
+  }
+  for (auto& group : groups) group->connect(addresses);
+  std::mutex mutex;
+  std::vector<std::thread> threads;
+  for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        groups[rank]->meet({});
+        groups[rank]->start();
+        run.results[rank] = run_rounds(*groups[rank], run.devices[rank].get(), rank, num_ranks);
+        groups[rank]->close(true, 30);
+      } catch (const std::exception& error) {
+        std::lock_guard lock(mutex);
+        if (run.failure.empty()) run.failure = "rank " + std::to_string(rank) + ": " + error.what();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return run;
+}
+
+StatusCode code_of(const std::function<void()>& body, std::string* message) {
+  message->clear();
+  try {
+    body();
+  } catch (const StatusError& error) {
+    *message = error.what();
+    return error.status().code;
+  }
+  return StatusCode::kOk;
+}
+
+}  // namespace
+
+TEST_CASE("slots of a device give the same bits as slots of the region") {
+  struct Case {
+    std::uint32_t num_ranks, node_size;
+    std::string transport;
+    bool reorder = false;
+  };
+  std::vector<Case> cases = {{4, 2, "shm"}, {4, 2, "shm", true}, {2, 2, "none"}};
+  if (transport::libfabric_info(search()).found) cases.push_back({4, 2, "libfabric"});
+  for (const Case& c : cases) {
+    CAPTURE(c.transport);
+    CAPTURE(c.reorder);
+    Run cpu = run_group(c.num_ranks, c.node_size, c.transport, "", c.reorder);
+    Run host = run_group(c.num_ranks, c.node_size, c.transport, "host", c.reorder);
+    Run device = run_group(c.num_ranks, c.node_size, c.transport, "device", c.reorder);
+    CHECK_MESSAGE(cpu.failure.empty(), cpu.failure);
+    CHECK_MESSAGE(host.failure.empty(), host.failure);
+    CHECK_MESSAGE(device.failure.empty(), device.failure);
+    std::size_t imports = c.node_size - 1 + (c.transport == "shm" ? c.num_ranks / c.node_size - 1 : 0);
+    for (std::uint32_t rank = 0; rank < c.num_ranks; ++rank) {
+      CHECK(cpu.results[rank] == device.results[rank]);
+      CHECK(cpu.results[rank] == host.results[rank]);
+      CHECK(!device.results[rank].rows.empty());
+      CHECK(host.devices[rank]->imports() == 0);
+      CHECK(host.devices[rank]->flushes() == 0);
+      CHECK(static_cast<std::size_t>(device.devices[rank]->imports()) == imports);
+      CHECK((device.devices[rank]->flushes() > 0) == (c.transport != "none"));
+      CHECK(device.devices[rank]->num_mappings() == 0);  // all given back
+    }
+  }
+}
+
+TEST_CASE("the memory of a device is shared with another process, and the segment is no larger than it need be") {
+  GroupConfig config = config_of(0, 2, 2, "none", "device", unique_key());
+  runtime::Sizing sizing = runtime::choose_layout(config);
+  proto::RegionLayout layout(sizing.layout, 0);
+  auto device = std::make_shared<EmulatedDevice>(true);
+  Group group(config, device);
+  runtime::Address address = runtime::Address::decode(group.address());
+  CHECK(address.segment_bytes == layout.slots_begin());
+  CHECK(sizing.region_bytes == layout.total_bytes());
+  REQUIRE(!address.slots.empty());
+  auto probe = [&](EmulatedDevice& other, int value) {
+    auto* bytes = static_cast<unsigned char*>(other.import_memory(address.slots));
+    std::uint64_t last = layout.total_bytes() - layout.slots_begin() - 1;
+    int found = bytes[last];
+    bytes[last] = static_cast<unsigned char>(value);
+    other.close_memory(bytes);
+    return found;
+  };
+  pid_t child = fork();
+  if (child == 0) {
+    EmulatedDevice other(true);
+    _exit(probe(other, 7) == 0 ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK(WEXITSTATUS(status) == 0);
+  EmulatedDevice here(true);
+  CHECK(probe(here, 0) == 7);
+}
+
+TEST_CASE("what does not fit together is refused, and the text says what to do") {
+  std::string message;
+  auto code = [&](GroupConfig config, std::shared_ptr<EmulatedDevice> device) {
+    return code_of([&] { Group group(config, device); }, &message);
+  };
+  auto says = [&](const char* text) { return message.find(text) != std::string::npos; };
+  GroupConfig config = config_of(0, 4, 2, "shm", "device", unique_key());
+  CHECK(code(config, nullptr) == StatusCode::kConfig);
+  CHECK(says("buffers=\"host\""));
+  config.buffers = "gpu";
+  CHECK(code(config, std::make_shared<EmulatedDevice>(true)) == StatusCode::kConfig);
+  CHECK(says("\"host\" or \"device\""));
+  config.buffers = "device";
+  auto lonely = std::make_shared<EmulatedDevice>(true);
+  lonely->change_facts().shares_memory = false;
+  CHECK(code(config, lonely) == StatusCode::kConfig);
+  CHECK(says("buffers=\"host\""));
+  auto cuda = std::make_shared<EmulatedDevice>(true);
+  cuda->change_facts().kind = "cuda";
+  CHECK(code(config, cuda) == StatusCode::kConfig);  // the CPU copies
+  CHECK(says("buffers=\"host\""));
+  CHECK(cuda->num_mappings() == 0);
+  if (transport::libfabric_info(search()).found) {
+    config.transport = "libfabric";
+    config.provider = "tcp";
+    CHECK(code(config, cuda) == StatusCode::kConfig);
+    CHECK(says("FI_HMEM"));
+    CHECK(says("buffers=\"host\""));
+    CHECK(cuda->num_mappings() == 0);
+    CHECK(code(config, std::make_shared<EmulatedDevice>(true)) == StatusCode::kOk);
+  }
+}
+
+TEST_CASE("all ranks have their slots in the same kind of memory") {
+  std::string key = unique_key(), message;
+  auto device = std::make_shared<EmulatedDevice>(true);
+  Group host(config_of(0, 2, 2, "none", "host", key)), apart(config_of(1, 2, 2, "none", "device", key), device);
+  std::vector<std::string> addresses = {host.address(), apart.address()};
+  CHECK(code_of([&] { host.connect(addresses); }, &message) == StatusCode::kConfig);
+  CHECK(message.find("differs between rank 0 and rank 1") != std::string::npos);
+  CHECK(code_of([&] { apart.connect(addresses); }, &message) == StatusCode::kConfig);
+}
+
+TEST_CASE("an address comes back as it was, and damaged ones are refused") {
+  runtime::Address address;
+  address.rank = 3;
+  address.layout_hash = 77;
+  address.host = "10.0.0.1";
+  address.port = 4711;
+  address.segment = "moe_efa-x";
+  address.segment_bytes = 1 << 20;
+  address.slots = std::string("any\0bytes", 9);
+  address.rails = {{std::byte{1}, std::byte{2}}, {}};
+  const std::string good = address.encode();
+  runtime::Address back = runtime::Address::decode(good);
+  CHECK(back.encode() == good);
+  CHECK(back.slots == address.slots);
+  CHECK(back.rails == address.rails);
+  std::string message;
+  auto refused = [&](const std::string& bytes) {
+    return code_of([&] { runtime::Address::decode(bytes); }, &message) == StatusCode::kConfig;
+  };
+  for (std::size_t end = 0; end < good.size(); ++end) CHECK(refused(good.substr(0, end)));
+  CHECK(refused(good + '\0'));
+  std::uint32_t state = 1;
+  for (int i = 0; i < 2000; ++i) {  // never a crash, nor memory for lengths that cannot be
+    std::string bad = good;
+    state = state * 1664525u + 1013904223u;
+    bad[(state >> 8) % bad.size()] = static_cast<char>(state >> 24);
+    code_of([&] { runtime::Address::decode(bad); }, &message);
+  }
+  address.slots.assign(5000, 'x');
+  CHECK(refused(address.encode()));
+}
