@@ -52,9 +52,8 @@ def main() -> int:
                 from gpu import dry_run
 
                 dry_run.use_interpreter()
-            sections.run_section(
-                options.section, options.results, entry, dry_run=options.dry_run, limit_s=options.limit
-            )
+            for name in options.section.split(","):
+                sections.run_section(name, options.results, entry, dry_run=options.dry_run, limit_s=options.limit)
             return 0
         if options.build:
             capability = None

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,41 +93,25 @@ def check(options: Options) -> int:
 def _run_sections(
     sections: list[Section], budget: Budget, folder: Path, options: Options, done: Callable[[list[Outcome]], None]
 ) -> None:
-    """The build runs beside the first sections that need none."""
+    """The build runs beside the sections of step 0, which need none."""
+
+    def run_step(step: list[Section], extra: list[Job]) -> list[Outcome]:
+        batches = [step] if step and step[0].shares_process(dry_run=options.dry_run) else [[one] for one in step]
+        jobs = [*extra, *(_job(batch, folder, options, budget) for batch in batches)]
+        found = budget.run_together(jobs, log_of=lambda job: folder / f"{job.name.replace(',', '+')}.log")
+        return [replace(outcome, name=name) for outcome in found for name in outcome.name.split(",")]
+
     needs_build = any(section.needs_build for section in sections)
-    building = Job(name="build", command=_command(options, "--build"), limit_s=BUILD_LIMIT_S)
-    built = not needs_build
-    for _, group in itertools.groupby(sections, key=lambda section: section.step):
-        step = list(group)
-        jobs = [_job(section, folder, options, budget) for section in step]
-        if not built and (not step[0].timed or step[0].needs_build):
-            without = [job for job, section in zip(jobs, step, strict=True) if not section.needs_build]
-            found = budget.run_together([building, *without], log_of=lambda job: folder / f"{job.name}.log")
-            done(found)
-            built = found[0].status == "done"
-            jobs = [job for job in jobs if job not in without]
-            if not built:
-                done([_unbuilt(section) for section in sections if section.needs_build])
-                sections = [section for section in sections if not section.needs_build]
-                return _run_rest(sections, step[0].step, budget, folder, options, done)
-        if jobs:
-            done(budget.run_together(jobs, log_of=lambda job: folder / f"{job.name}.log"))
-    return None
-
-
-def _run_rest(
-    sections: list[Section],
-    after_step: int,
-    budget: Budget,
-    folder: Path,
-    options: Options,
-    done: Callable[[list[Outcome]], None],
-) -> None:
-    """What can run without the build."""
-    for section in sections:
-        if section.step > after_step:
-            job = _job(section, folder, options, budget)
-            done([budget.run(job, log=folder / f"{section.name}.log")])
+    extra = [Job(name="build", command=_command(options, "--build"), limit_s=BUILD_LIMIT_S)] if needs_build else []
+    first = [section for section in sections if section.step == 0]
+    rest = sections[len(first) :]
+    found = run_step(first, extra)
+    done(found)
+    if needs_build and found[0].status != "done":
+        done([_unbuilt(section) for section in rest if section.needs_build])
+        rest = [section for section in rest if not section.needs_build]
+    for _, step in itertools.groupby(rest, key=lambda section: section.step):
+        done(run_step(list(step), []))
 
 
 def _unbuilt(section: Section) -> Outcome:
@@ -138,17 +122,19 @@ def _command(options: Options, *words: str) -> list[str]:
     return [sys.executable, "-u", str(options.entry), *words, *(["--dry-run"] if options.dry_run else [])]
 
 
-def _job(section: Section, folder: Path, options: Options, budget: Budget) -> Job:
-    limit = max(1.0, min(section.limit_s, budget.left_s()))
+def _job(batch: list[Section], folder: Path, options: Options, budget: Budget) -> Job:
+    """Sections of one process."""
+    limit = max(1.0, min(sum(section.limit_s for section in batch), budget.left_s()))
+    name = ",".join(section.name for section in batch)
     # A section stops by itself a little earlier, between two cases.
-    words = ["--section", section.name, "--results", str(folder), "--limit", f"{max(1.0, limit - 3):.0f}"]
-    return Job(name=section.name, command=_command(options, *words), limit_s=limit)
+    words = ["--section", name, "--results", str(folder), "--limit", f"{max(1.0, limit - 3):.0f}"]
+    return Job(name=name, command=_command(options, *words), limit_s=limit)
 
 
 def _must_be_done(options: Options) -> list[str]:
     """Sections without which nothing can be said, of those that were asked for."""
-    wanted = of_run(dry_run=options.dry_run, only=options.only)
-    return [section.name for section in SECTIONS if section.correctness and section in wanted]
+    wanted = {section.name for section in of_run(dry_run=options.dry_run, only=options.only)}
+    return [section.name for section in SECTIONS if section.correctness and section.name in wanted]
 
 
 def _draw(document: dict[str, Any], target: Path) -> None:
