@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -60,7 +61,7 @@ def build_for_gpu(setup: ModuleType, nvcc: Path, arch: str) -> list[Path]:
     flags[shim] = [*HOST_FLAGS, "-fvisibility=hidden", "-DMOE_EFA_SHIM_ON_GPU=1", *include]
     sources = [*kernels, *common, *TESTS, shim]
     objects = dict(zip(sources, setup.ObjectCompiler(WORK / "objects").compile(sources, flags), strict=True))
-    runtime = [*setup.cuda_link_flags(nvcc), "-ldl", "-lrt"]
+    runtime = [*cuda_runtime(setup, nvcc), "-ldl", "-lrt"]
     shared = [objects[path] for path in (*kernels, *common)]
 
     def link(test: Path) -> Path:
@@ -72,6 +73,18 @@ def build_for_gpu(setup: ModuleType, nvcc: Path, arch: str) -> list[Path]:
         programs = list(pool.map(link, TESTS))
     _link(setup, [objects[shim], *shared], shim_path(dry_run=False), ["-shared", "-Wl,-z,defs", *runtime])
     return programs
+
+
+def cuda_runtime(setup: ModuleType, nvcc: Path) -> list[str]:
+    """Linker flags for the CUDA runtime: the static one, or where there is none the one that torch brings."""
+    try:
+        return list(setup.cuda_link_flags(nvcc))
+    except setup.BuildError:
+        packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+        shared = sorted(packages.glob("*/lib/libcudart.so.*"))
+        if not shared:
+            raise
+        return [str(shared[-1]), f"-Wl,-rpath,{shared[-1].parent}"]
 
 
 def build_emulated(setup: ModuleType) -> None:

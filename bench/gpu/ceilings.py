@@ -6,19 +6,17 @@ import torch
 
 from . import floors
 from .setting import Setting
+from .timing import Timing
 
 COPY_BYTES = 2 << 30
 MATMUL_SIZE = 8192
 
 
 def run(setting: Setting) -> None:
-    """A large copy, counting bytes read and written; bf16 products of random numbers; what an empty event pair takes."""
+    """A large copy, counting bytes read and written; bf16 products of random numbers; what next to nothing takes."""
     device = setting.device
     size = 1 << 20 if setting.dry_run else COPY_BYTES
-    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = setting.timer(lambda: target.copy_(source))
-    del source, target
+    copy = _copy(setting, size)
     setting.release_memory()
     n = 64 if setting.dry_run else MATMUL_SIZE
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
@@ -46,3 +44,9 @@ def run(setting: Setting) -> None:
         f"copy {2 * size / copy.us / 1e3:.0f} GB/s, bf16 matmul "
         f"{floors.grouped_gemm_flops(n, n, n) / matmul.us / 1e6:.0f} TFLOP/s, smallest kernel {launch.us:.1f} us"
     )
+
+
+def _copy(setting: Setting, size: int) -> Timing:
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return setting.timer(lambda: target.copy_(source))

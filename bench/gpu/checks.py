@@ -29,7 +29,8 @@ def bounded(what: str, got: Tensor, want: Tensor, bound: Tensor | float) -> str 
     if bool(good.all()):
         return None
     worst = torch.where(good, 0.0, error / limit.clamp(min=1e-300)).nan_to_num(nan=torch.inf).max()
-    return f"{what}: {int((~good).sum())} of {good.numel()} elements beyond their bound, the worst {float(worst):.2f} times"
+    count = int((~good).sum())
+    return f"{what}: {count} of {good.numel()} elements beyond their bound, the worst {float(worst):.2f} times"
 
 
 def rows_within(what: str, got: Tensor, want: Tensor, relative: float) -> str | None:
@@ -45,8 +46,8 @@ def first_problem(*problems: str | None) -> str | None:
 
 
 def fixed_order_sum(y: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
-    """The bits of ``reference.unpermute`` for many tokens at once: terms in row order, each product and each sum rounded
-    to fp32, the result once to y's dtype.
+    """The bits of ``reference.unpermute`` for many tokens at once: terms in row order, each product and each sum
+    rounded to fp32, the result once to y's dtype.
 
     Args:
         y: [R, H] bf16 or fp32.

@@ -1,4 +1,5 @@
-"""Results against torch and the CPU kernels over a grid: no tokens, -1, one expert taking all, skew, short last chunks."""
+"""Results against torch and the CPU kernels, over a grid: no tokens, -1, one expert taking all, skew, short last
+chunks."""
 
 from __future__ import annotations
 
@@ -58,9 +59,7 @@ def routings(*, dry_run: bool) -> Iterator[Routing]:
     one = torch.full((some, TOP_K), -1)
     one[:, 3] = 1
     yield Routing(name="one-expert-takes-all", tokens=some, topk_idx=one, topk_weights=weights(some))
-    yield Routing(
-        name="nothing-selected", tokens=7, topk_idx=torch.full((7, TOP_K), -1), topk_weights=weights(7)
-    )
+    yield Routing(name="nothing-selected", tokens=7, topk_idx=torch.full((7, TOP_K), -1), topk_weights=weights(7))
     yield Routing(name="one-token", tokens=1, topk_idx=distinct(1, even), topk_weights=weights(1))
     yield Routing(
         name="no-tokens", tokens=0, topk_idx=torch.zeros(0, TOP_K, dtype=torch.int64), topk_weights=weights(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,9 @@ def run(setting: Setting) -> None:
             try:
                 part(shim, setting, shape)
             except KernelError as error:
-                setting.out.check(Check(name=f"cuda {part.__name__.strip('_')} {shape.name}", ok=False, detail=str(error)))
+                setting.out.check(
+                    Check(name=f"cuda {part.__name__.strip('_')} {shape.name}", ok=False, detail=str(error))
+                )
             setting.release_memory()
 
 
@@ -52,8 +52,7 @@ def _flag_latency(shim: Shim, setting: Setting) -> None:
 def _sending(shim: Shim, setting: Setting, shape: Shape) -> None:
     """Of a rank among `shape.ranks`: plan, and pack for all nodes."""
     topk_idx, topk_weights = shapes.route(shape)
-    x = shapes.random_rows(shape.tokens, shape.hidden).to(setting.device)
-    nodes = shape.ranks // shape.node_size
+    x = shapes.random_rows(shape.tokens, shape.hidden, device=setting.device)
     for wire, label in ((FP8, "fp8"), (BF16, "bf16")):
         world = World(
             shim,
@@ -62,63 +61,61 @@ def _sending(shim: Shim, setting: Setting, shape: Shape) -> None:
             topk_weights=topk_weights,
             x=x,
             num_experts=shape.experts,
-            num_nodes=nodes,
+            num_nodes=shape.ranks // shape.node_size,
             node_size=shape.node_size,
             wire_dtype=wire,
         )
         try:
-            facts = world.facts
-            conditions = shape_conditions(shape, ranks=shape.ranks, nodes=nodes, wire=label, rows=facts.rows)
             if wire == FP8:
-                world.run("plan")
-                _checked(setting, f"cuda-plan/{shape.name}", world.check("plan"))
-                _emit(
-                    setting,
-                    "cuda-plan",
-                    shape,
-                    conditions,
-                    setting.timer(lambda: world.launch("plan")),
-                    floors.plan(shape.tokens, shape.topk, facts.rows),
-                    bars=lambda us: [Bar(what="plan, us", value=us, most=PLAN_US)] if shape.tokens <= 4096 else [],
-                )
-            world.run("pack", setting.num_sms)
-            _checked(setting, f"cuda-pack-{label}/{shape.name}", world.check("pack"))
-            floor = floors.pack(tokens=facts.tokens, hidden=shape.hidden, chunk_bytes=facts.chunk_bytes)
-            if wire == FP8:
-                few = setting.timer(lambda: world.launch("pack", NIC_SMS), prepare=lambda: world.prepare("pack"))
-                wire_rate = facts.remote_bytes / few.us / 1e3
-                _emit(
-                    setting,
-                    f"cuda-pack-{label}-{NIC_SMS}sm",
-                    shape,
-                    conditions | {"blocks": NIC_SMS},
-                    few,
-                    floor,
-                    bars=lambda _: [Bar(what="wire GB/s on 6 SMs", value=wire_rate, least=NIC_GB_PER_S)]
-                    if shape.tokens >= shapes.LARGE_TOKENS or setting.dry_run
-                    else [],
-                    numbers={"wire_gb_per_s": wire_rate},
-                )
-            _best_grid(
-                setting,
-                f"cuda-pack-{label}",
-                shape,
-                conditions,
-                world,
-                "pack",
-                [(setting.num_sms, 0), (2 * setting.num_sms, 0)],
-                floor,
-            )
+                _plan(setting, shape, world)
+            _pack(setting, shape, world, label)
         finally:
             world.close()
+
+
+def _sending_conditions(shape: Shape, world: World, **more: object) -> dict[str, object]:
+    nodes = shape.ranks // shape.node_size
+    return shape_conditions(shape, ranks=shape.ranks, nodes=nodes, rows=world.facts.rows, **more)
+
+
+def _plan(setting: Setting, shape: Shape, world: World) -> None:
+    world.run("plan")
+    _checked(setting, f"cuda-plan/{shape.name}", world.check("plan"))
+    timing = setting.timer(lambda: world.launch("plan"))
+    bars = [Bar(what="plan, us", value=timing.us, most=PLAN_US)] if shape.tokens <= 4096 else []
+    floor = floors.plan(shape.tokens, shape.topk, world.facts.rows)
+    _emit(setting, "cuda-plan", shape, _sending_conditions(shape, world), timing, floor, bars=bars)
+
+
+def _pack(setting: Setting, shape: Shape, world: World, label: str) -> None:
+    sms, facts = setting.num_sms, world.facts
+    world.run("pack", sms)
+    _checked(setting, f"cuda-pack-{label}/{shape.name}", world.check("pack"))
+    conditions = _sending_conditions(shape, world, wire=label)
+    floor = floors.pack(tokens=facts.tokens, hidden=shape.hidden, chunk_bytes=facts.chunk_bytes)
+    if label == "fp8":
+        few = setting.timer(lambda: world.launch("pack", NIC_SMS), prepare=lambda: world.prepare("pack"))
+        rate = facts.remote_bytes / few.us / 1e3
+        is_large = shape.tokens >= shapes.LARGE_TOKENS or setting.dry_run
+        _emit(
+            setting,
+            f"cuda-pack-{label}-{NIC_SMS}sm",
+            shape,
+            conditions | {"blocks": NIC_SMS},
+            few,
+            floor,
+            bars=[Bar(what=f"wire GB/s on {NIC_SMS} SMs", value=rate, least=NIC_GB_PER_S)] if is_large else [],
+            numbers={"wire_gb_per_s": rate},
+        )
+    _best_grid(setting, f"cuda-pack-{label}", shape, conditions, world, "pack", [(sms, 0), (2 * sms, 0)], floor)
 
 
 def _one_rank(shim: Shim, setting: Setting, shape: Shape) -> None:
     """Of the only rank: its tokens come back to it. FP8 on the wire, then through pull and combine."""
     topk_idx, topk_weights = shapes.route(shape)
-    x = shapes.random_rows(shape.tokens, shape.hidden)
+    x = shapes.random_rows(shape.tokens, shape.hidden, device=setting.device)
     # The CPU's FP8 is the one that all kernels are compared with.
-    q, scales = (part.to(setting.device) for part in quantize_1x128(x))
+    q, scales = (part.to(setting.device) for part in quantize_1x128(x.cpu()))
     source, positions = source_rows(topk_idx, shape.experts)
     source, positions = source.to(setting.device), positions.to(setting.device)
     sms = setting.num_sms
@@ -128,7 +125,7 @@ def _one_rank(shim: Shim, setting: Setting, shape: Shape) -> None:
             setting,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
-            x=x.to(setting.device),
+            x=x,
             num_experts=shape.experts,
             wire_dtype=FP8,
             out_dtype=out_dtype,
@@ -239,17 +236,17 @@ def _best_grid(
         conditions | {"blocks": sum(grid)},
         found[grid],
         floor,
-        bars=_fraction_bar(setting, shape, floor),
+        bars=_fraction_bar(setting, shape, floor, found[grid].us),
         numbers={f"us_with_{sum(key)}_blocks": timing.us for key, timing in found.items()},
     )
 
 
-def _fraction_bar(setting: Setting, shape: Shape, floor: int) -> Callable[[float], list[Bar]]:
+def _fraction_bar(setting: Setting, shape: Shape, floor: int, us: float) -> list[Bar]:
     """Of the copy ceiling, where the shape is large enough."""
     ceiling = setting.ceilings().get("copy_gb_per_s")
     if ceiling is None or (shape.tokens < shapes.LARGE_TOKENS and not setting.dry_run):
-        return lambda _: []
-    return lambda us: [Bar(what="fraction of copy", value=floor / us / 1e3 / ceiling, least=FRACTION)]
+        return []
+    return [Bar(what="fraction of copy", value=floor / us / 1e3 / ceiling, least=FRACTION)]
 
 
 def _emit(
@@ -260,7 +257,7 @@ def _emit(
     timing: Timing,
     floor: int,
     *,
-    bars: Callable[[float], list[Bar]] = lambda _: [],
+    bars: list[Bar],
     numbers: dict[str, float] | None = None,
 ) -> None:
     setting.out.timed(
@@ -274,7 +271,7 @@ def _emit(
             runs=timing.runs,
             bytes=floor,
             ceiling=setting.ceilings().get("copy_gb_per_s"),
-            bars=bars(timing.us),
+            bars=bars,
             numbers=numbers or {},
         )
     )

@@ -3,11 +3,11 @@
 #include <algorithm>
 
 #include "emulated_block.h"
-#include "waits.h"
 #include "kernels/cuda/combine_body.h"
 #include "kernels/cuda/pack_body.h"
 #include "kernels/cuda/plan_body.h"
 #include "kernels/cuda/pull_body.h"
+#include "waits.h"
 
 namespace moe_efa::kernels::cuda {
 

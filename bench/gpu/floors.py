@@ -80,7 +80,7 @@ def swiglu_backward(rows: int, intermediate: int, *, quantized: bool) -> int:
 
 
 def plan(tokens: int, topk: int, rows: int) -> int:
-    """Ids and weights are read once; an entry for each selection, and a token and where its entries begin for each row."""
+    """Ids and weights are read; written are an entry for each selection, two numbers for each row."""
     return tokens * topk * (INT64 + FP32 + ROW_ENTRY) + 2 * INT32 * rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from moe_efa.quantization import dequantize_1x128, quantize_1x128
 from moe_efa.triton_kernels import reference
 from moe_efa.triton_kernels.grouped_gemm_fp8 import grouped_gemm_fp8
 
-from . import checks, floors, shapes
+from . import checks, floors
 from .results import Bar, Check, Peer, Timed
 from .setting import Setting
 
@@ -95,18 +96,9 @@ def _one(setting: Setting, problem: Problem) -> None:
     if found is not None:
         bf16_rate = found.rate or 0.0
         _peer(setting, "grouped-mm-bf16", problem, "a product for each expert", lambda: _by_expert(a, b, bounds))
-    grad = torch.randn(problem.rows, problem.n, generator=generator, device=device).to(torch.bfloat16)
-    _timed(
-        setting,
-        problem,
-        "grouped-mm-bf16-wgrad",
-        lambda: grouped_mm(grad.t(), a, ends).flatten(0, 1),
-        lambda: torch.stack([grad[i:j].t() @ a[i:j] for i, j in zip(bounds, bounds[1:], strict=False)]).flatten(0, 1),
-        flops,
-    )
-    del grad
+    _weight_gradient(setting, problem, a, ends, bounds, flops)
 
-    a8, a_scales = (part.to(device) for part in quantize_1x128(a.cpu()))
+    a8, a_scales = quantize_1x128(a)
     b8, b_scales = reference.quantize_128x128(b)
     arguments = (a8, a_scales, b8, b_scales, offsets)
 
@@ -146,6 +138,21 @@ def _one(setting: Setting, problem: Problem) -> None:
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         ),
+    )
+
+
+def _weight_gradient(
+    setting: Setting, problem: Problem, a: Tensor, ends: Tensor, bounds: list[int], flops: int
+) -> None:
+    generator = torch.Generator(device=a.device).manual_seed(1)
+    grad = torch.randn(problem.rows, problem.n, generator=generator, device=a.device).to(torch.bfloat16)
+    _timed(
+        setting,
+        problem,
+        "grouped-mm-bf16-wgrad",
+        lambda: grouped_mm(grad.t(), a, ends).flatten(0, 1),
+        lambda: torch.stack([grad[i:j].t() @ a[i:j] for i, j in itertools.pairwise(bounds)]).flatten(0, 1),
+        flops,
     )
 
 

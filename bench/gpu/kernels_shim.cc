@@ -10,7 +10,6 @@
 #include <thread>
 #include <vector>
 
-#include "waits.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cuda/combine.h"
@@ -20,6 +19,7 @@
 #include "kernels/cuda/pull.h"
 #include "kernels/launch.h"
 #include "shim_memory.h"
+#include "waits.h"
 
 namespace moe_efa::bench {
 

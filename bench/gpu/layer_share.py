@@ -125,9 +125,7 @@ def wire_bytes(shape: Shape, topk_idx: Tensor) -> WireBytes:
     goes.scatter_(1, nodes, True)
     rows = int(goes[:, 1:].sum())
     bf16 = rows * floors.BF16 * shape.hidden
-    return WireBytes(
-        dispatch=rows * floors.fp8_row(shape.hidden), combine=bf16, grad_dispatch=bf16, grad_combine=bf16
-    )
+    return WireBytes(dispatch=rows * floors.fp8_row(shape.hidden), combine=bf16, grad_dispatch=bf16, grad_combine=bf16)
 
 
 def wire_us(num_bytes: float) -> float:
@@ -188,6 +186,7 @@ class Rounds:
 
     def __call__(self, *, work: bool, wire: bool) -> list[Tensor]:
         """One layer. Returns the results of the waves."""
+
         def forward(i: int, _: list[Any]) -> Tensor:
             return self.layer(self.xs[i])
 
@@ -253,59 +252,67 @@ def run(setting: Setting) -> None:
     """Correct, then timed: the work alone, the wire alone, both, for several numbers of waves."""
     shape, device = layer_shape(dry_run=setting.dry_run), setting.device
     layer = SingleRankShare(shape, local_experts=max(2, shape.experts // shape.ranks), device=device)
-    problem = _problem(layer, shapes.random_rows(min(3 if setting.dry_run else 256, shape.tokens), shape.hidden, device=device))
-    setting.out.check(Check(name=f"layer-share/{shape.name}", ok=problem is None, detail=problem or "rows within bound"))
+    problem = _problem(
+        layer, shapes.random_rows(min(3 if setting.dry_run else 256, shape.tokens), shape.hidden, device=device)
+    )
+    setting.out.check(
+        Check(name=f"layer-share/{shape.name}", ok=problem is None, detail=problem or "rows within bound")
+    )
     if problem is not None:
         return
     x = shapes.random_rows(shape.tokens, shape.hidden, device=device)
     grad = shapes.random_rows(shape.tokens, shape.hidden, seed=1, device=device)
     sent = wire_bytes(shape, shapes.route(shape)[0])
-    rows = shape.tokens * shape.topk
-    flops = 3 * 3 * floors.grouped_gemm_flops(rows, shape.hidden, shape.intermediate)  # three matrices, three passes
     shim = Shim(shim_path(dry_run=setting.dry_run))
     largest = max(sent.dispatch, sent.combine, sent.grad_dispatch, sent.grad_combine, 1)
     wires = [Wire(setting, shim, largest) for _ in range(2)]
     for waves in (2,) if setting.dry_run else (1, 8, 4, 16):
-        if not setting.has_time_for(f"layer share in {waves} waves", 0 if setting.dry_run else 8):
-            continue
-        rounds = Rounds(layer, x, grad, waves=waves, sent=sent, wires=wires)
-        memory = _peak_bytes(setting, rounds)
-        compute, comm, both = (
-            _median_us(setting, lambda w=work, n=wire: rounds(work=w, wire=n))
-            for work, wire in ((True, False), (False, True), (True, True))
+        if setting.has_time_for(f"layer share in {waves} waves", 0 if setting.dry_run else 8):
+            _time(setting, shape, Rounds(layer, x, grad, waves=waves, sent=sent, wires=wires))
+
+
+def _time(setting: Setting, shape: Shape, rounds: Rounds) -> None:
+    """The work alone, the wire alone, both."""
+    waves, layer, sent = rounds.waves, rounds.layer, rounds.sent
+    rows = shape.tokens * shape.topk
+    flops = 3 * 3 * floors.grouped_gemm_flops(rows, shape.hidden, shape.intermediate)  # three matrices, three passes
+    memory = _peak_bytes(setting, rounds)
+    compute, comm, both = (
+        _median_us(setting, lambda w=work, n=wire: rounds(work=w, wire=n))
+        for work, wire in ((True, False), (False, True), (True, True))
+    )
+    efficiency = overlap_efficiency(comm, compute, both)
+    bars = [Bar(what="overlap", value=efficiency, least=OVERLAP)] if waves >= 4 else []
+    setting.out.timed(
+        Timed(
+            name=f"layer-share-{waves}-waves/{shape.name}",
+            kernel=f"layer-share-{waves}-waves",
+            conditions=shape_conditions(
+                shape,
+                rows=rows,
+                waves=waves,
+                local_experts=layer.local_experts,
+                wire=f"{WIRE_GB_PER_S:g} GB/s and {LATENCY_US:g} us, paced copies on side streams",
+                what="single-rank stand-in, forward and backward",
+            ),
+            us=both,
+            us_p20=both,
+            us_p80=both,
+            runs=5,
+            flops=flops,
+            ceiling=setting.ceilings().get("matmul_tflop_per_s"),
+            bars=bars,
+            numbers={
+                "compute_us": compute,
+                "wire_us": comm,
+                "overlap_efficiency": efficiency,
+                "compute_tflop_per_s": flops / compute / 1e6,
+                "peak_bytes": memory,
+                "parameter_bytes": 2 * sum(p.numel() * 2 for p in layer.parameters()),
+                "wire_bytes": sent.dispatch + sent.combine + sent.grad_dispatch + sent.grad_combine,
+            },
         )
-        efficiency = overlap_efficiency(comm, compute, both)
-        bars = [Bar(what="overlap", value=efficiency, least=OVERLAP)] if waves >= 4 else []
-        setting.out.timed(
-            Timed(
-                name=f"layer-share-{waves}-waves/{shape.name}",
-                kernel=f"layer-share-{waves}-waves",
-                conditions=shape_conditions(
-                    shape,
-                    rows=rows,
-                    waves=waves,
-                    local_experts=layer.local_experts,
-                    wire=f"{WIRE_GB_PER_S:g} GB/s and {LATENCY_US:g} us, paced copies on side streams",
-                    what="single-rank stand-in, forward and backward",
-                ),
-                us=both,
-                us_p20=both,
-                us_p80=both,
-                runs=5,
-                flops=flops,
-                ceiling=setting.ceilings().get("matmul_tflop_per_s"),
-                bars=bars,
-                numbers={
-                    "compute_us": compute,
-                    "wire_us": comm,
-                    "overlap_efficiency": efficiency,
-                    "compute_tflop_per_s": flops / compute / 1e6,
-                    "peak_bytes": memory,
-                    "parameter_bytes": 2 * sum(p.numel() * 2 for p in layer.parameters()),
-                    "wire_bytes": sent.dispatch + sent.combine + sent.grad_dispatch + sent.grad_combine,
-                },
-            )
-        )
+    )
 
 
 def _problem(layer: SingleRankShare, x: Tensor) -> str | None:

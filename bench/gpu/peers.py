@@ -45,7 +45,8 @@ def run(setting: Setting) -> None:
         for kernel in {kernel for kernel, *_ in _eager(all_shapes[0], operands(all_shapes[0], "cpu"))}:
             setting.out.peer(kernel, all_shapes[0].name, COMPILED, Peer(note="not compiled in a dry run"))
         return
-    torch._dynamo.config.cache_size_limit = 64
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, 64)
     compiled: dict[Function, Function] = {}
     for shape in [shape for shape in all_shapes if shape.tokens >= shapes.LARGE_TOKENS]:
         of = operands(shape, setting.device)
@@ -107,7 +108,9 @@ def _torchao_quantize() -> Function:
     return lambda x: function(x, 128)
 
 
-def _time(setting: Setting, kernel: str, shape: Shape, name: str, function: Function, arguments: tuple[Any, ...]) -> None:
+def _time(
+    setting: Setting, kernel: str, shape: Shape, name: str, function: Function, arguments: tuple[Any, ...]
+) -> None:
     try:
         peer = Peer(us=setting.timer(lambda: function(*arguments)).us)
     except Exception as error:  # somebody else's code: whatever it says

@@ -29,7 +29,12 @@ def draw(document: dict[str, Any], target: Path) -> None:
     panels = [(title, found) for title, found in panels if found]
     heights = [max(2.0, 0.16 * len(found) + 1.0) for _, found in panels] or [2.0]
     figure, axes = pyplot.subplots(
-        max(1, len(panels)), 1, figsize=(9.5, sum(heights) + 1), height_ratios=heights, squeeze=False, layout="constrained"
+        max(1, len(panels)),
+        1,
+        figsize=(9.5, sum(heights) + 1),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (title, found) in zip(axes[:, 0], panels, strict=False):
         _panel(axis, title, found)

@@ -62,10 +62,14 @@ def exit_status(document: dict[str, Any], correctness: Sequence[str]) -> tuple[i
     """
     wrong = [check["name"] for check in document["checks"] if not check["ok"]]
     failed = [section["name"] for section in document["sections"] if section["status"] == "failed"]
-    undone = [s["name"] for s in document["sections"] if s["name"] in correctness and s["status"] in ("cut", "left out")]
+    undone = [
+        s["name"] for s in document["sections"] if s["name"] in correctness and s["status"] in ("cut", "left out")
+    ]
     missing = [name for name in correctness if name not in {section["name"] for section in document["sections"]}]
     if wrong or failed:
-        return WRONG, "; ".join([f"wrong: {name}" for name in wrong[:10]] + [f"section failed: {name}" for name in failed])
+        return WRONG, "; ".join(
+            [f"wrong: {name}" for name in wrong[:10]] + [f"section failed: {name}" for name in failed]
+        )
     if undone or missing or not document["checks"]:
         return CANNOT_TELL, f"not all was compared: {', '.join(undone + missing) or 'nothing was'}"
     return OK, f"all {len(document['checks'])} comparisons agree"
@@ -124,7 +128,8 @@ def _times(document: dict[str, Any]) -> list[str]:
             n = case["numbers"]
             lines.append(
                 f"    work {n['compute_us'] / 1e3:.2f} ms, wire {n['wire_us'] / 1e3:.2f} ms, together "
-                f"{case['us'] / 1e3:.2f} ms, overlap {n['overlap_efficiency']:.2f}, peak {n['peak_bytes'] / 2**30:.2f} GiB"
+                f"{case['us'] / 1e3:.2f} ms, overlap {n['overlap_efficiency']:.2f}, "
+                f"peak {n['peak_bytes'] / 2**30:.2f} GiB"
             )
     return lines
 

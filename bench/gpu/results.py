@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 EAGER, COMPILED = "torch eager", "torch.compile"
 UNFUSED_PAIR = "torch eager, unfused pair"  # of operators that a fused kernel replaces
 

@@ -1,4 +1,4 @@
-"""The whole check: build, sections, and after each of them the document, so that whoever ends it leaves what was done."""
+"""The whole check: build, sections, and after each step the document, so that whoever ends it leaves what was done."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def _look(setting: Setting, tool: Path, what: str, name: str, command: list[str]
     label = f"{what} {name}"
     if not setting.has_time_for(label, 10):
         return
-    options = ["--tool", what, "--error-exitcode", str(ERRORS), "--print-limit", "5", "--target-processes", "all"]
+    options = ["--tool", what, "--error-exitcode", str(ERRORS), "--print-limit", "5"]
     try:
         result = subprocess.run(
             [str(tool), *options, *command],

@@ -1,4 +1,4 @@
-"""Microseconds of work on a GPU: medians of CUDA events, with the L2 flushed before each run; and a stand-in for both."""
+"""Microseconds of work on a GPU: medians of CUDA events, the L2 flushed before each run; and a stand-in for that."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class CudaTimer:
 
     def __call__(self, call: Callable[[], object], *, prepare: Callable[[], object] | None = None) -> Timing:
         """See :class:`Timer`."""
-        queueing_us = 0.0
+        took_us = queueing_us = 0.0
         for _ in range(3):  # warms up, and learns how long the host takes to queue it
             if prepare is not None:
                 prepare()

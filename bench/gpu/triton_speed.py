@@ -77,7 +77,7 @@ def operands(shape: Shape, device: str) -> Operands:
         logits=shapes.logits_of(shape).to(device),
         topk_idx=topk_idx.to(device),
         topk_weights=topk_weights.to(device),
-        x=shapes.random_rows(shape.tokens, shape.hidden).to(device),
+        x=shapes.random_rows(shape.tokens, shape.hidden, device=device),
         plan=plan,
         source=source.to(device),
         y=shapes.random_rows(rows, shape.hidden, seed=1, device=device),
@@ -192,7 +192,9 @@ def run(setting: Setting) -> None:
                 Timed(
                     name=name,
                     kernel=case.kernel,
-                    conditions=shape_conditions(shape, rows=of.rows, intermediate=shape.intermediate, **case.conditions),
+                    conditions=shape_conditions(
+                        shape, rows=of.rows, intermediate=shape.intermediate, **case.conditions
+                    ),
                     us=timing.us,
                     us_p20=timing.us_p20,
                     us_p80=timing.us_p80,

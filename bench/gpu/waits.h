@@ -1,6 +1,6 @@
-// Kernels that only wait. One tells how long a word takes to a thread of the host and back: both words lie in mapped host
-// memory, which the kernel writes and polls over the bus, as pack tells the driver of chunks and pull waits for them. The
-// other lets a stream pause by the device's clock of real time, whatever the frequency of its cores.
+// Kernels that only wait. One tells how long a word takes to a thread of the host and back: both words lie in mapped
+// host memory, which the kernel writes and polls over the bus, as pack tells the driver of chunks and pull waits for
+// them. The other lets a stream pause by the device's clock of real time, whatever the frequency of its cores.
 #pragma once
 
 #include <cstdint>
