@@ -439,6 +439,7 @@ int guarded(const Action& action) {
     return 0;
   } catch (const std::exception& error) {
     last_error = error.what();
+    forget_error();
     return 1;
   }
 }

@@ -30,6 +30,7 @@ from .grouped_gemm import grouped_mm
 from .results import Bar, Check, Timed
 from .setting import Setting, shape_conditions
 from .shapes import Shape
+from .timing import Timing
 
 WIRE_GB_PER_S = 50.0  # of one GPU's NICs on p5en
 LATENCY_US = 20.0  # of a message: published are 15 to 25
@@ -278,10 +279,10 @@ def _time(setting: Setting, shape: Shape, rounds: Rounds) -> None:
     flops = 3 * 3 * floors.grouped_gemm_flops(rows, shape.hidden, shape.intermediate)  # three matrices, three passes
     memory = _peak_bytes(setting, rounds)
     compute, comm, both = (
-        _median_us(setting, lambda w=work, n=wire: rounds(work=w, wire=n))
+        _whole_layers(setting, lambda w=work, n=wire: rounds(work=w, wire=n))
         for work, wire in ((True, False), (False, True), (True, True))
     )
-    efficiency = overlap_efficiency(comm, compute, both)
+    efficiency = overlap_efficiency(comm.us, compute.us, both.us)
     bars = [Bar(what="overlap", value=efficiency, least=OVERLAP)] if waves >= 4 else []
     setting.out.timed(
         Timed(
@@ -295,18 +296,18 @@ def _time(setting: Setting, shape: Shape, rounds: Rounds) -> None:
                 wire=f"{WIRE_GB_PER_S:g} GB/s and {LATENCY_US:g} us, paced copies on side streams",
                 what="single-rank stand-in, forward and backward",
             ),
-            us=both,
-            us_p20=both,
-            us_p80=both,
-            runs=5,
+            us=both.us,
+            us_p20=both.us_p20,
+            us_p80=both.us_p80,
+            runs=both.runs,
             flops=flops,
             ceiling=setting.ceilings().get("matmul_tflop_per_s"),
             bars=bars,
             numbers={
-                "compute_us": compute,
-                "wire_us": comm,
+                "compute_us": compute.us,
+                "wire_us": comm.us,
                 "overlap_efficiency": efficiency,
-                "compute_tflop_per_s": flops / compute / 1e6,
+                "compute_tflop_per_s": flops / compute.us / 1e6,
                 "peak_bytes": memory,
                 "parameter_bytes": 2 * sum(p.numel() * 2 for p in layer.parameters()),
                 "wire_bytes": sent.dispatch + sent.combine + sent.grad_dispatch + sent.grad_combine,
@@ -345,7 +346,7 @@ def _problem(layer: SingleRankShare, x: Tensor) -> str | None:
     )
 
 
-def _median_us(setting: Setting, call: Callable[[], object]) -> float:
+def _whole_layers(setting: Setting, call: Callable[[], object]) -> Timing:
     """Of whole layers: long enough for the host's clock."""
     samples = []
     for _ in range(1 if setting.dry_run else 7):
@@ -354,7 +355,7 @@ def _median_us(setting: Setting, call: Callable[[], object]) -> float:
         call()
         setting.synchronize()
         samples.append(1e6 * (time.perf_counter() - start))
-    return sorted(samples)[len(samples) // 2]
+    return Timing.of(samples)
 
 
 def _peak_bytes(setting: Setting, rounds: Rounds) -> float:

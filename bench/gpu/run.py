@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def check(options: Options) -> int:
         facts |= machine.find_gpu()
     facts |= machine.software(machine.load_setup().find_nvcc())
     print(f"on {facts['device']}, {options.budget_s:.0f} s", flush=True)
-    folder = WORK / f"results-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = WORK / f"results-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     target = options.json_target or folder / "gpu_check.json"
     outcomes: list[Outcome] = []
