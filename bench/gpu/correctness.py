@@ -14,6 +14,7 @@ from moe_efa.quantization import dequantize_1x128, quantize_1x128
 from moe_efa.triton_kernels import dequantize, reference
 from moe_efa.triton_kernels.permute import permute
 from moe_efa.triton_kernels.permute_quantize import permute_quantize
+from moe_efa.triton_kernels.quantize_128x128 import quantize_128x128
 from moe_efa.triton_kernels.unpermute import unpermute
 from moe_efa.triton_kernels.unpermute_backward import unpermute_backward
 
@@ -116,6 +117,11 @@ def triton_problems(routing: Routing, hidden: int, device: str) -> Iterator[tupl
                 reference.permute_quantize(x, plan, topk_weights=routing.topk_weights, scale_format=f),
             ),
         )
+    matrices = shapes.random_rows(2 * 130, hidden, seed=6).view(2, 130, hidden)
+    yield (
+        "triton quantize_128x128",
+        lambda: both("q scales", quantize_128x128(matrices.to(device)), reference.quantize_128x128(matrices)),
+    )
     q, scales = quantize_1x128(x)
     yield (
         "triton dequantize",

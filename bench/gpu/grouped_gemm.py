@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_efa.quantization import dequantize_1x128, quantize_1x128
-from moe_efa.triton_kernels import reference
 from moe_efa.triton_kernels.grouped_gemm_fp8 import grouped_gemm_fp8
+from moe_efa.triton_kernels.quantize_128x128 import quantize_128x128
 
 from . import checks, floors
 from .results import Bar, Check, Peer, Timed
@@ -99,7 +99,7 @@ def _one(setting: Setting, problem: Problem) -> None:
     _weight_gradient(setting, problem, a, ends, bounds, flops)
 
     a8, a_scales = quantize_1x128(a)
-    b8, b_scales = reference.quantize_128x128(b)
+    b8, b_scales = quantize_128x128(b)
     arguments = (a8, a_scales, b8, b_scales, offsets)
 
     def exact() -> Tensor:
