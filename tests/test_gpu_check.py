@@ -417,7 +417,7 @@ def test_peers_join_their_cases_and_a_line_that_was_cut_off_is_left_out(tmp_path
     ]
     document = report.assemble(tmp_path, outcomes, {"device": "none"})
     (case,) = document["cases"]
-    assert case["rate"] == 4300.0 and case["fraction"] == 1.0 and case["unit"] == "GB/s"
+    assert case["rate"] == 4300.0 and case["fraction"] == 1.0 and case["unit"] == "GB/s" and case["floor_us"] == 10.0
     passed = {bar["what"]: bar["passed"] for bar in case["bars"]}
     assert passed == {
         "fraction": False,

@@ -85,6 +85,9 @@ class Timed:
         document = asdict(self)
         document |= {"unit": "TFLOP/s" if self.flops is not None else "GB/s", "rate": self.rate}
         document["fraction"] = self.fraction
+        counted = self.bytes if self.flops is None else self.flops
+        per_us = 1e3 if self.flops is None else 1e6
+        document["floor_us"] = counted / self.ceiling / per_us if counted and self.ceiling else None
         document["bars"] = [{**asdict(bar), "passed": bar.passed} for bar in self.bars]
         return document
 
