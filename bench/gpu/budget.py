@@ -73,7 +73,7 @@ class Budget:
             start_new_session=True,  # so that what it starts ends with it
         )
         tail: deque[str] = deque(maxlen=3)
-        reader = threading.Thread(target=_pass_on, args=(process, log, tail))
+        reader = threading.Thread(target=_pass_on, args=(process, log, tail), daemon=True)
         reader.start()
         timed_out = False
         try:
@@ -81,7 +81,7 @@ class Budget:
         except subprocess.TimeoutExpired:
             timed_out = True
         _end(process)  # also what a finished job has left running
-        reader.join()
+        reader.join(10.0)  # something that left the session may hold the pipe
         seconds = time.monotonic() - start
         if timed_out:
             return Outcome(name=job.name, status="cut", seconds=seconds, detail=f"it had {limit:.0f} s")
