@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_efa.quantization import dequantize_1x128, quantize_1x128
-from moe_efa.triton_kernels import dequantize, reference
+from moe_efa.triton_kernels import dequantize, quantize, reference
 from moe_efa.triton_kernels.permute import permute
 from moe_efa.triton_kernels.permute_quantize import permute_quantize
 from moe_efa.triton_kernels.quantize_128x128 import quantize_128x128
@@ -107,7 +107,9 @@ def triton_problems(routing: Routing, hidden: int, device: str) -> Iterator[tupl
     for scale_format in ("fp32", "ue8m0"):
         yield (
             f"triton quantize {scale_format}",
-            lambda f=scale_format: triton_speed.quantize_problem(x_, f),
+            lambda f=scale_format: both(
+                "q scales", quantize.quantize_1x128(x_, scale_format=f), quantize_1x128(x, scale_format=f)
+            ),
         )
         yield (
             f"triton permute_quantize {scale_format}",

@@ -51,12 +51,12 @@ SECTIONS = (
     Section(name="cuda-grid", run="correctness:run_cuda_grid", step=1, limit_s=90, correctness=True),
     Section(name="ceilings", run="ceilings:run", step=2, limit_s=40, timed=True, needs_build=False),
     Section(name="cuda-speed", run="cuda_speed:run", step=3, limit_s=90, timed=True),
-    Section(name="triton-speed", run="triton_speed:run", step=4, limit_s=90, timed=True, needs_build=False),
-    Section(name="grouped-gemm", run="grouped_gemm:run", step=5, limit_s=60, timed=True, needs_build=False),
+    Section(name="triton-speed", run="triton_speed:run", step=4, limit_s=110, timed=True, needs_build=False),
+    Section(name="grouped-gemm", run="grouped_gemm:run", step=5, limit_s=70, timed=True, needs_build=False),
     Section(name="layer-share", run="layer_share:run", step=6, limit_s=60, timed=True),
     # The programs use managed memory, whose faults could hang a device: after what is timed.
     Section(name="cuda-tests", run="correctness:run_programs", step=7, limit_s=90, correctness=True, in_dry_run=False),
-    Section(name="sanitizer", run="sanitizer:run", step=7, limit_s=100, in_dry_run=False),
+    Section(name="sanitizer", run="sanitizer:run", step=7, limit_s=60, in_dry_run=False),
     Section(name="commands", run="commands:run", step=8, limit_s=90, needs_build=False),
     Section(name="peers", run="peers:run", step=9, limit_s=150, timed=True, needs_build=False),
 )

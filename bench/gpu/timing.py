@@ -51,7 +51,7 @@ class CudaTimer:
         budget_s: runs are repeated for about this long, but at least `least_runs` times and at most `most_runs`.
     """
 
-    def __init__(self, *, budget_s: float = 0.4, least_runs: int = 7, most_runs: int = 60) -> None:
+    def __init__(self, *, budget_s: float = 0.25, least_runs: int = 7, most_runs: int = 40) -> None:
         self._budget_s, self._least_runs, self._most_runs = budget_s, least_runs, most_runs
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         self._cycles_per_us = self._measure_clock()

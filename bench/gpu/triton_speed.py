@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_efa.quantization import quantize_1x128 as quantize_on_cpu
+from moe_efa.quantization import quantize_1x128 as quantize_by_torch
 from moe_efa.triton_kernels import reference
 from moe_efa.triton_kernels.permute import permute
 from moe_efa.triton_kernels.permute_quantize import permute_quantize
@@ -248,21 +248,36 @@ def plan_problem(topk_idx: Tensor, num_experts: int, want: RowPlan) -> str | Non
     )
 
 
+def by_torch(x: Tensor, compare: Callable[[Tensor, Tensor], str | None], scale_format: str = "fp32") -> str | None:
+    """Compares with torch's rows on the device, which is quick; what differs is for the CPU to judge."""
+    problem = compare(*quantize_by_torch(x, scale_format=scale_format))
+    if problem is not None and x.device.type != "cpu":
+        q, scales = quantize_by_torch(x.cpu(), scale_format=scale_format)
+        problem = compare(q.to(x.device), scales.to(x.device))
+    return problem
+
+
 def quantize_problem(x: Tensor, scale_format: str = "fp32") -> str | None:
-    """Bitwise that of the CPU."""
+    """Bitwise."""
     q, scales = quantize_1x128(x, scale_format=scale_format)
-    want_q, want_scales = quantize_on_cpu(x.cpu(), scale_format=scale_format)
-    return checks.first_problem(checks.bitwise("q", q, want_q), checks.bitwise("scales", scales, want_scales))
+
+    def compare(want_q: Tensor, want_scales: Tensor) -> str | None:
+        return checks.first_problem(checks.bitwise("q", q, want_q), checks.bitwise("scales", scales, want_scales))
+
+    return by_torch(x, compare, scale_format)
 
 
 def permute_quantize_problem(of: Operands) -> str | None:
-    """Bitwise: quantized on the CPU, then moved."""
+    """Bitwise: quantized, then moved."""
     got = permute_quantize(of.x, of.plan, topk_weights=of.topk_weights, num_rows=of.rows)
-    q, scales = (part.to(of.x.device) for part in quantize_on_cpu(of.x.cpu()))
-    return checks.first_problem(
-        checks.bitwise("q", got.q.view(torch.uint8), q.view(torch.uint8)[of.source]),
-        checks.bitwise("scales", got.scales, scales[of.source]),
-    )
+
+    def compare(q: Tensor, scales: Tensor) -> str | None:
+        return checks.first_problem(
+            checks.bitwise("q", got.q.view(torch.uint8), q.view(torch.uint8)[of.source]),
+            checks.bitwise("scales", got.scales, scales[of.source]),
+        )
+
+    return by_torch(of.x, compare)
 
 
 def swiglu_problem(gate_up: Tensor, weights: Tensor) -> str | None:
