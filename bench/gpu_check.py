@@ -1,105 +1,82 @@
-"""Runs the tests of the CUDA kernels on a GPU: the same cases that `make test` runs on emulated threads, launched.
+"""What one machine with one GPU can tell of the kernels: are they right, and how fast are they?
 
-    python bench/gpu_check.py            # builds below build/gpu-check, then runs every case
-    python bench/gpu_check.py --build    # only builds: needs nvcc, but no GPU
+    python bench/gpu_check.py --json gpu.json --plot gpu.png     # everything, in less than nine minutes
+    python bench/gpu_check.py --only cuda-tests,cuda-grid        # some sections
+    python bench/gpu_check.py --build                            # only compiles: needs nvcc, but no GPU
+    python bench/gpu_check.py --dry-run                          # the whole flow on the CPU; its times mean nothing
 
-Every output is compared bit by bit with the CPU kernels. Nothing is timed. Exit status: 0 when all agree, 1 when not, 2
-where this machine cannot tell (no GPU, nvcc, g++ or doctest).
+Nothing has to be installed but torch, Triton, nvcc and g++. Sections run as processes with time limits; results are
+written as they come, to build/gpu-check, and the JSON document after each section. bench/README.md says what is
+counted. Exit status: 0 when all results agree, 1 when not, 2 where this machine cannot tell (no GPU, nvcc or g++, or no
+time). What is too slow changes no exit status.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib.util
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "build" / "gpu-check"
-TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/csrc/kernels").glob("test_cuda_*.cc"))
-HOST_FLAGS = ["-std=c++20", "-O2", "-pthread", "-ffp-contract=off", "-DMOE_EFA_MUTANTS=1"]
+from gpu import machine, package, sections
+from gpu.run import Options, build_all, check
 
 
-def refuse(why: str) -> None:
-    """Ends the program where nothing can be said about a GPU."""
-    print(f"gpu_check: {why}", file=sys.stderr)
-    sys.exit(2)
-
-
-def load_setup() -> ModuleType:
-    """setup.py as a module: where nvcc is, and how kernels are compiled."""
-    specification = importlib.util.spec_from_file_location("moe_efa_setup", ROOT / "setup.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-def find_gpu() -> str:
-    """The name of the first GPU, asked of the driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        refuse("no GPU here: there is no NVIDIA driver (libcuda.so.1)")
-    count, device, name = ctypes.c_int(0), ctypes.c_int(0), ctypes.create_string_buffer(128)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        refuse("no GPU here: the NVIDIA driver finds none")
-    driver.cuDeviceGet(ctypes.byref(device), 0)
-    driver.cuDeviceGetName(name, len(name), device)
-    return name.value.decode()
-
-
-def build(setup: ModuleType, nvcc: Path) -> list[Path]:
-    """Compiles kernels and tests; returns the test programs."""
-    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/kernels/cuda").glob("*.cu"))
-    host = [
-        path.relative_to(ROOT)
-        for folder in ("csrc/kernels/cpu", "csrc/kernels/cuda")
-        for path in sorted((ROOT / folder).glob("*.cc"))
-    ]
-    include = ["-isystem", str(setup.cuda_toolkit(nvcc) / "include")]
-    flags = {path: list(setup.CUDA_COMPILE_FLAGS) for path in kernels}
-    flags |= dict.fromkeys(host, HOST_FLAGS)
-    flags |= {path: [*HOST_FLAGS, "-DMOE_EFA_TEST_ON_GPU=1", *include] for path in TESTS}
-    objects = setup.ObjectCompiler(FOLDER).compile([*kernels, *host, *TESTS], flags)
-    common = [str(path) for path in objects[: -len(TESTS)]]
-
-    def link(test: Path, object_file: Path) -> Path:
-        target = FOLDER / test.stem
-        command = [*setup.compiler(), str(object_file), *common, "-o", str(target), "-pthread"]
-        subprocess.run([*command, *setup.cuda_link_flags(nvcc), "-ldl", "-lrt"], check=True, cwd=ROOT)
-        return target
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(link, TESTS, objects[-len(TESTS) :]))
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ",".join(section.name for section in sections.SECTIONS)
+    parser.add_argument("--build", action="store_true", help="build the programs and the shim, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted and emulated: no GPU is used")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAMES", help=f"some of: {names}")
+    parser.add_argument("--budget", type=float, default=530.0, metavar="S", help="seconds in all (default 530)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the document goes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="where the picture goes")
+    inner = parser.add_argument_group("one section, as the check itself starts them")
+    inner.add_argument("--section", help=argparse.SUPPRESS)
+    inner.add_argument("--results", type=Path, help=argparse.SUPPRESS)
+    inner.add_argument("--limit", type=float, default=600.0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    unknown = set(options.only or ()) - {section.name for section in sections.SECTIONS}
+    if unknown:
+        parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {names}")
+    return options
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", action="store_true", help="build the programs and stop")
-    arguments = parser.parse_args()
-    setup = load_setup()
-    if not arguments.build:
-        print(f"on {find_gpu()}", flush=True)
-    nvcc = setup.find_nvcc()
-    if nvcc is None:
-        refuse("no nvcc on PATH, in /usr/local/cuda or in NVIDIA's Python packages")
+    options = parse(sys.argv[1:])
+    entry = Path(__file__).resolve()
     try:
-        programs = build(setup, nvcc)
-    except (setup.BuildError, subprocess.CalledProcessError) as error:
-        refuse(f"cannot build: {error}")
-    if arguments.build:
-        return 0
-    failed = [path.name for path in programs if subprocess.run([str(path)], cwd=ROOT, check=False).returncode != 0]
-    print(
-        f"{len(programs) - len(failed)} of {len(programs)} programs agree" + f"; not {', '.join(failed)}" * bool(failed)
-    )
-    return 1 if failed else 0
+        if options.section:
+            package.use_tree()
+            if options.dry_run:
+                from gpu import dry_run
+
+                dry_run.use_interpreter()
+            for name in options.section.split(","):
+                sections.run_section(name, options.results, entry, dry_run=options.dry_run, limit_s=options.limit)
+            return 0
+        if options.build:
+            capability = None
+            if not options.dry_run:
+                try:
+                    capability = machine.find_gpu()["capability"]
+                except machine.CannotTell as error:
+                    print(f"{error}; compiling for Hopper", flush=True)
+            build_all(dry_run=options.dry_run, capability=capability)
+            return 0
+        return check(
+            Options(
+                entry=entry,
+                dry_run=options.dry_run,
+                only=options.only,
+                budget_s=options.budget,
+                json_target=options.json,
+                plot_target=options.plot,
+            )
+        )
+    except machine.CannotTell as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from moe_efa.triton_kernels import (
     permute_quantize,
     plan_rows,
     quantize,
+    quantize_128x128,
     reference,
     router_topk,
     rows,
@@ -62,6 +63,20 @@ def quantize_variants() -> dict[str, Variant]:
         ]
         for dtype in dtypes
         for scale_format in formats
+    }
+
+
+def quantize_weights_variants() -> dict[str, Variant]:
+    return {
+        f"quantize_128x128-{n}x{k}-{dtype}": variant(
+            "quantize_128x128:quantize_128x128_kernel",
+            quantize_128x128.NUM_WARPS,
+            {"x_ptr": f"*{dtype}", "q_ptr": "*fp8e4nv", "scales_ptr": "*fp32"},
+            {"n": n, "k": k, "block_size": reference.BLOCK_SIZE},
+            sass=dtype == "bf16",
+        )
+        for n, k in ((2 * INTERMEDIATE_SIZE, HIDDEN_SIZE), (576, HIDDEN_SIZE))
+        for dtype in FLOATS[: 2 if n > 576 else 1]
     }
 
 
@@ -302,6 +317,7 @@ def gemm_variants() -> dict[str, Variant]:
 
 VARIANTS = {
     **quantize_variants(),
+    **quantize_weights_variants(),
     **dequantize_variants(),
     **plan_variants(),
     **row_variants(),

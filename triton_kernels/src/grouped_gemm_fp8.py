@@ -92,7 +92,7 @@ def grouped_gemm_fp8(
             only under ``TRITON_INTERPRET=1``); n and k are multiples of 16.
         a_scales: ``[num_rows, ceil(k / 128)]`` fp32, as of ``permute_quantize`` and ``swiglu_quantize``.
         b: ``[num_experts, n, k]`` float8_e4m3fn.
-        b_scales: ``[num_experts, ceil(n / 128), ceil(k / 128)]`` fp32, as of ``reference.quantize_128x128``.
+        b_scales: ``[num_experts, ceil(n / 128), ceil(k / 128)]`` fp32, as of ``quantize_128x128``.
         offsets: ``[num_experts + 1]`` int32, where each expert's rows begin; any alignment will do.
         expert_alignment: what all offsets are multiples of, if it is known. DeepGEMM needs a multiple of 128.
         dtype: bf16 or fp32, of the result.

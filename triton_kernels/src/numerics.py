@@ -30,22 +30,30 @@ def block_places(block_idx, in_range, hidden_size: tl.constexpr, block_size: tl.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def quantize_blocks(x, power_of_two: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[blocks, 128] fp32 -> the same as e4m3, and the scale of each block."""
-    # Magnitudes are compared as integers, which order like the numbers and put NaN above infinity.
-    magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+def scales_of(magnitude, power_of_two: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scale of each block, from the bits of its largest magnitude."""
     amax = magnitude.to(tl.float32, bitcast=True)
-    finite = magnitude < 0x7F800000
-
     scales = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, _FP8_MAX, tl.float32)), _MIN_SCALE)
     if power_of_two:  # rounds the exponent up unless the mantissa is zero
         scales = ((scales.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     scales = tl.where(magnitude == 0, 1.0, scales)
-    scales = tl.where(finite, scales, float("nan"))
+    return tl.where(magnitude < 0x7F800000, scales, float("nan"))
 
-    q = tl.clamp(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)), -_FP8_MAX, _FP8_MAX)
-    q = tl.where(finite[:, None], q, float("nan"))
-    return q.to(tl.float8e4nv), scales
+
+@triton.jit
+def quantize_values(x, magnitude, scales):  # type: ignore[no-untyped-def]
+    """fp32 -> e4m3; magnitudes and scales of the blocks broadcast over x."""
+    q = tl.clamp(tl.div_rn(x, tl.broadcast_to(scales, x.shape)), -_FP8_MAX, _FP8_MAX)
+    return tl.where(magnitude < 0x7F800000, q, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def quantize_blocks(x, power_of_two: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[blocks, 128] fp32 -> the same as e4m3, and the scale of each block."""
+    # Magnitudes are compared as integers, which order like the numbers and put NaN above infinity.
+    magnitude = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    scales = scales_of(magnitude, power_of_two)
+    return quantize_values(x, magnitude[:, None], scales[:, None]), scales
 
 
 @triton.jit  # type: ignore[untyped-decorator]

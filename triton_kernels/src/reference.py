@@ -266,14 +266,7 @@ def router_topk_backward(
 
 
 def quantize_128x128(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes weights in blocks of 128x128 by the formula of ``quantize_1x128``; the last blocks may be short.
-
-    Args:
-        x: [E, N, K] bf16 or fp32.
-
-    Returns:
-        ``(q, scales)``: [E, N, K] float8_e4m3fn and [E, ceil(N / 128), ceil(K / 128)] fp32.
-    """
+    """Twin of :func:`moe_efa.triton_kernels.quantize_128x128.quantize_128x128`."""
     num_experts, n, k = x.shape
     n_blocks, k_blocks = -(-n // BLOCK_SIZE), -(-k // BLOCK_SIZE)
     padded = torch.zeros(num_experts, n_blocks * BLOCK_SIZE, k_blocks * BLOCK_SIZE, device=x.device)
