@@ -38,6 +38,7 @@ SOURCE_FOLDERS = (
     "kernels",
     "kernels/cpu",
     "kernels/cuda",
+    "kernels/device",
     "simulator",
     "runtime",
     "bindings",

@@ -36,6 +36,8 @@ class GroupConfig:
         ranks_on_host: int = 0,
         chunk_rows: int = 0,
         slots: int = 0,
+        device_library: str = "",
+        device_index: int = 0,
         reorder: bool = False,
         reorder_seed: int = 0,
         reorder_drop_node: int = -1,
@@ -44,7 +46,9 @@ class GroupConfig:
     ) -> None: ...
 
 class Plan:
-    """Routing facts of one dispatch; what a handle keeps."""
+    """Routing facts of one dispatch; what a handle keeps. It may be given attributes."""
+
+    memory: tuple[Any, ...]  # on a device: what holds its arrays
 
     @property
     def plan_id(self) -> int: ...
@@ -79,6 +83,9 @@ class DispatchArgs:
         plan: Plan | None = None,
         gradient: bool = False,
         fp8_output: bool = False,
+        stream: int = 0,
+        alone: bool = True,
+        send_memory_ptr: int = 0,
     ) -> None: ...
 
 class CombineArgs:
@@ -93,7 +100,18 @@ class CombineArgs:
         weight_grads_ptr: int = 0,
         topk_weight_grads_ptr: int = 0,
         gradient: bool = False,
+        stream: int = 0,
+        alone: bool = True,
     ) -> None: ...
+
+class DispatchSizes:
+    """What a dispatch on a device needs to go on."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def plan_bytes(self) -> int:
+        """Of device memory that has to live as long as the plan."""
 
 class DispatchBuffers:
     """What a started dispatch gave, in memory of its own."""
@@ -119,7 +137,15 @@ class Group:
     def dispatch_begin(self, args: DispatchArgs) -> Plan: ...
     def dispatch_finish(self, out_ptr: int, weights_ptr: int, scales_ptr: int = 0) -> None: ...
     def combine(self, args: CombineArgs) -> None: ...
-    def dispatch_start(self, args: DispatchArgs, pool: HostPool) -> int:
+    def device_send_bytes(self, num_tokens: int) -> int:
+        """Of device memory for a fresh dispatch, which has to live as long as the plan."""
+    def dispatch_sizes(self, ticket: int) -> DispatchSizes:
+        """On a device: wait for the counts."""
+    def dispatch_place(
+        self, ticket: int, out_ptr: int, weights_ptr: int, scales_ptr: int = 0, plan_memory_ptr: int = 0
+    ) -> None:
+        """On a device: where the rows go."""
+    def dispatch_start(self, args: DispatchArgs, pool: HostPool | None) -> int:
         """A ticket for finish(). What the arguments point to stays until then."""
     def combine_start(self, args: CombineArgs) -> int: ...
     def finish(self, ticket: int) -> DispatchBuffers:

@@ -13,6 +13,7 @@ MAX_TOP_K = 64
 _DTYPES = ("auto", "bf16", "fp32", "fp8")
 FP8_SCALES = ("fp32", "ue8m0")
 _TRANSPORTS = ("auto", "shm", "libfabric")
+_DEVICES = ("cpu", "cuda")
 
 
 _MOST = {  # far beyond any use, within what the native layer's integers hold
@@ -56,6 +57,7 @@ class ExpertParallelConfig:
         timeout_s: seconds to wait for a live peer that has not entered a call.
         heartbeat_timeout_s: seconds of silence after which a peer counts as lost.
         memory_budget_bytes: most registered memory per rank.
+        device: where tensors are, and kernels run: "cpu" or "cuda".
         chunk_rows: most rows in one chunk; 0 takes the largest that fits. For tests and tuning.
         slots: slots per ring; 0 takes the most that fit. For tests and tuning.
 
@@ -78,6 +80,7 @@ class ExpertParallelConfig:
     timeout_s: float = 600.0
     heartbeat_timeout_s: float = 20.0
     memory_budget_bytes: int = 1 << 30
+    device: str = "cpu"
     chunk_rows: int = 0
     slots: int = 0
 
@@ -104,6 +107,7 @@ class ExpertParallelConfig:
             _check_word(name, getattr(self, name), _DTYPES)
         _check_word("fp8_scale", self.fp8_scale, FP8_SCALES)
         _check_word("transport", self.transport, _TRANSPORTS)
+        _check_word("device", self.device, _DEVICES)
         if self.provider is not None and (not isinstance(self.provider, str) or not self.provider):
             raise ConfigError(f"provider must be the name of a libfabric provider or None, not {self.provider!r}")
 

@@ -53,6 +53,12 @@ VARIABLES = (
         "Memory of freed results on the CPU that a process keeps for the next ones; 0 keeps none.",
     ),
     Variable(
+        "MOE_EFA_DEVICE_LIBRARY",
+        "path",
+        "none",
+        "For tests, on all ranks: a library that plays the GPU. Tensors are on the CPU, all else is as on a GPU.",
+    ),
+    Variable(
         "MOE_EFA_REORDER",
         "seed[,drop=NODE@N[,nic=I]]",
         "off",
@@ -112,6 +118,11 @@ def output_cache_bytes() -> int:
     if not text.isdecimal():
         raise ConfigError(f"MOE_EFA_OUTPUT_CACHE_BYTES={text!r} is not an integer >= 0")
     return int(text)
+
+
+def device_library() -> str | None:
+    """MOE_EFA_DEVICE_LIBRARY, or None."""
+    return os.environ.get("MOE_EFA_DEVICE_LIBRARY") or None
 
 
 def reorder() -> Reorder | None:

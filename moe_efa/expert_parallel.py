@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_efa import device as device_of
 from moe_efa import native_group, ops, overlap
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
@@ -38,6 +39,9 @@ class ExpertParallel:
     Args:
         group: torch.distributed process group of any backend, for the rendezvous only (no reference is kept), or None
             for a single rank.
+        device: where tensors are: "cpu" or "cuda", the same on all ranks; None takes the current GPU, where torch has
+            one and this build has the kernels for it, otherwise the CPU. On a GPU calls are queued on the current
+            stream, as torch's are, and a wrong expert id is found by the kernel: it fails the group on all ranks.
         others: see :class:`ExpertParallelConfig`.
 
     Raises:
@@ -64,6 +68,7 @@ class ExpertParallel:
         timeout_s: float = 600.0,
         heartbeat_timeout_s: float = 20.0,
         memory_budget_bytes: int = 1 << 30,
+        device: torch.device | str | None = None,
         chunk_rows: int = 0,
         slots: int = 0,
     ) -> None:
@@ -85,6 +90,7 @@ class ExpertParallel:
                 timeout_s=timeout_s,
                 heartbeat_timeout_s=heartbeat_timeout_s,
                 memory_budget_bytes=memory_budget_bytes,
+                device=device_of.resolve(device),
                 chunk_rows=chunk_rows,
                 slots=slots,
             )
@@ -115,6 +121,11 @@ class ExpertParallel:
         return self._native.node_size
 
     @property
+    def device(self) -> torch.device:
+        """Where tensors are."""
+        return self._native.device
+
+    @property
     def num_local_experts(self) -> int:
         """Experts that this rank owns, the first of which is ``rank * num_local_experts``."""
         return self.config.num_experts // self.num_ranks
@@ -133,7 +144,7 @@ class ExpertParallel:
         """Send every token to the ranks that own the experts it selected. Collective; so is its backward.
 
         Args:
-            x: [T, H] bf16 or fp32, contiguous, on the CPU; T may differ between ranks and be 0.
+            x: [T, H] bf16 or fp32, contiguous, on this object's device; T may differ between ranks and be 0.
             topk_idx: [T, K] int64 global expert ids, -1 for none. Equal ids in a row give separate rows.
             topk_weights: [T, K] fp32; those of -1 selections are ignored and get gradient 0.
             handle: repeat an earlier dispatch with other values: same T, no topk_idx, no topk_weights. Offsets, weights
@@ -241,7 +252,7 @@ class ExpertParallel:
         """
         self._check_combine(y, handle)
         _check_not_compiling("combine_start")
-        out = overlap.empty_result(handle.num_tokens, self.config.hidden_size, y.dtype)
+        out = self._native.empty(handle.num_tokens, self.config.hidden_size, dtype=y.dtype)
         halves = overlap.CombineHalves(self._group, handle.plan, out)
         ticket = overlap.start_combine(halves, y, handle.weights if weighted else None)
 
@@ -448,7 +459,7 @@ class ExpertParallel:
         capacity: int | None,
     ) -> None:
         self._check_open()
-        _check_tensor("x", x, _DTYPES)
+        _check_tensor("x", x, _DTYPES, self.device)
         self._check_output(output, x)
         if handle is not None:
             self._check_handle(handle)
@@ -463,8 +474,8 @@ class ExpertParallel:
             return
         if topk_idx is None or topk_weights is None:
             raise ValueError("dispatch needs topk_idx and topk_weights, or a handle")
-        _check_tensor("topk_idx", topk_idx, (torch.int64,))
-        _check_tensor("topk_weights", topk_weights, (torch.float32,))
+        _check_tensor("topk_idx", topk_idx, (torch.int64,), self.device)
+        _check_tensor("topk_weights", topk_weights, (torch.float32,), self.device)
         if isinstance(expert_alignment, bool) or not isinstance(expert_alignment, int) or expert_alignment < 1:
             raise ValueError(f"expert_alignment must be a positive integer, not {expert_alignment!r}")
         if capacity is not None:
@@ -480,7 +491,7 @@ class ExpertParallel:
     def _check_combine(self, y: Tensor, handle: Handle) -> None:
         self._check_open()
         self._check_handle(handle)
-        _check_tensor("y", y, _DTYPES)
+        _check_tensor("y", y, _DTYPES, self.device)
 
     def _check_output(self, output: str, x: Tensor) -> None:
         if output not in ("same", "fp8"):
@@ -510,13 +521,13 @@ def refuse(group: dist.ProcessGroup | None, error: ValueError) -> NoReturn:
     raise error
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, not a {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, not {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; this version works on CPU tensors")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but this ExpertParallel was made for device='{device}'")
     if tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous (strides are {_strides(tensor)}); call .contiguous()")
 

@@ -16,13 +16,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_efa import _C, host_memory, rendezvous
+from moe_efa import _C, device, host_memory, rendezvous
 from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, TransportError
@@ -50,6 +50,31 @@ class StartedCall:
             self._dropped.append(self.ticket)  # at any time in any thread: no lock, no call
 
 
+class _Dispatch(NamedTuple):
+    """A call's arguments, and on a device what there is of the memory of its plan."""
+
+    args: _C.DispatchArgs
+    memory: tuple[Tensor, ...]
+    is_replay: bool
+
+
+class _Rows(NamedTuple):
+    """What a dispatch gives."""
+
+    plan: _C.Plan
+    rows: Tensor
+    scales: Tensor | None  # of FP8 rows
+    weights: Tensor | None  # of a fresh dispatch
+
+
+class _Unplaced(NamedTuple):
+    """A dispatch on a device whose results have no memory yet."""
+
+    dtype: torch.dtype  # of its rows
+    is_replay: bool
+    plan_memory: tuple[Tensor, ...]
+
+
 class NativeGroup:
     """A native group with its lock. Calls may come from any thread; they wait for each other."""
 
@@ -60,6 +85,8 @@ class NativeGroup:
         self.num_ranks = agreement.num_ranks
         self.node_size = agreement.node_size
         self.job_key = agreement.job_key
+        self.device = device.of_tensors(config.device)
+        self.on_device = bool(native.info()["device"])  # what runs the kernels there, and not on the CPU
         self.references = 0
         self.usable = True  # False after a transport error and after closing
         self._native = native
@@ -68,6 +95,8 @@ class NativeGroup:
         self._closed: Exception | None = None  # what calls raise once the native group is closed
         self._kept: dict[int, tuple[Tensor | None, ...]] = {}  # by ticket: what started calls read and write
         self._dropped: collections.deque[int] = collections.deque()  # tickets of those that nobody will finish
+        self._unplaced: dict[int, _Unplaced] = {}  # by ticket: dispatches on a device that were started
+        self._placed: dict[int, _Rows] = {}  # and those that wait for nothing of this rank's
         self._ending = False  # no new calls: the process waits for the lock
 
     def dispatch(
@@ -77,7 +106,12 @@ class NativeGroup:
 
         In static mode, with a capacity on every rank, rows is that.
         """
-        args = _dispatch_args(x, topk_idx, topk_weights, expert_alignment, capacity)
+        if self.on_device:
+            started = self.start_dispatch(x, topk_idx, topk_weights, expert_alignment, capacity=capacity, alone=True)
+            plan, rows, _, made = self.finish_dispatch(started)
+            assert made is not None
+            return plan, rows, made
+        args = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity)
         plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True, capacity=capacity)
         return plan, rows, weights
 
@@ -88,24 +122,33 @@ class NativeGroup:
 
         The rows of the wire as they are, so ``wire_dtype`` must be "fp8".
         """
-        args = _dispatch_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=True)
+        if self.on_device:
+            started = self.start_dispatch(
+                x, topk_idx, topk_weights, expert_alignment, capacity=capacity, fp8_output=True, alone=True
+            )
+            plan, rows, scales, made = self.finish_dispatch(started)
+            assert scales is not None
+            assert made is not None
+            return plan, rows, scales, made
+        args = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=True)
         plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True, capacity=capacity)
         assert scales is not None
         return plan, rows, scales, weights
 
     def replay(self, x: Tensor, plan: _C.Plan, *, gradient: bool = False) -> Tensor:
         """x [T, H] -> rows [rows, H] of a plan, in x's dtype; a gradient travels in its own wire dtype. Collective."""
-        args = _C.DispatchArgs(
-            x_ptr=_pointer(x), dtype=DTYPE_NAMES[x.dtype], num_tokens=x.shape[0], plan=plan, gradient=gradient
-        )
+        if self.on_device:
+            return self.finish_dispatch(self.start_replay(x, plan, gradient=gradient, alone=True))[1]
+        args = self._replay_args(x, plan, gradient=gradient)
         return self._dispatch(args, x.dtype, with_weights=False)[1]
 
     def replay_fp8(self, x: Tensor, plan: _C.Plan) -> tuple[Tensor, Tensor]:
         """x [T, H] -> rows [rows, H] e4m3 and scales [rows, ceil(H / 128)] fp32 of a plan. Collective."""
-        args = _C.DispatchArgs(
-            x_ptr=_pointer(x), dtype=DTYPE_NAMES[x.dtype], num_tokens=x.shape[0], plan=plan, fp8_output=True
-        )
-        _, rows, scales, _ = self._dispatch(args, torch.float8_e4m3fn, with_weights=False)
+        if self.on_device:
+            _, rows, scales, _ = self.finish_dispatch(self.start_replay(x, plan, fp8_output=True, alone=True))
+        else:
+            args = self._replay_args(x, plan, fp8_output=True)
+            _, rows, scales, _ = self._dispatch(args, torch.float8_e4m3fn, with_weights=False)
         assert scales is not None
         return rows, scales
 
@@ -125,24 +168,29 @@ class NativeGroup:
             weight_grads: [rows] fp32, moved to where the weights came from; all ranks pass them or none does.
             gradient: y is one, and travels in ``grad_combine_dtype``.
         """
-        out = host_memory.empty(plan.num_tokens, self.config.hidden_size, dtype=y.dtype)
+        out = self.empty(plan.num_tokens, self.config.hidden_size, dtype=y.dtype)
         topk_weight_grads = None
         if weight_grads is not None:
-            topk_weight_grads = torch.empty(plan.num_tokens, self.config.top_k, dtype=torch.float32)
-        with self._call():
-            self._native.combine(
-                _C.CombineArgs(
-                    y_ptr=_pointer(y),
-                    dtype=DTYPE_NAMES[y.dtype],
-                    plan=plan,
-                    out_ptr=_pointer(out),
-                    weights_ptr=_pointer(weights),
-                    weight_grads_ptr=_pointer(weight_grads),
-                    topk_weight_grads_ptr=_pointer(topk_weight_grads),
-                    gradient=gradient,
-                )
-            )
+            topk_weight_grads = torch.empty(plan.num_tokens, self.config.top_k, dtype=torch.float32, device=self.device)
+        options: dict[str, Any] = {
+            "weights": weights,
+            "weight_grads": weight_grads,
+            "out": out,
+            "topk_weight_grads": topk_weight_grads,
+            "gradient": gradient,
+        }
+        if self.on_device:
+            self.finish(self.start_combine(y, plan, **options, alone=True))
+        else:
+            with self._call():
+                self._native.combine(self._combine_args(y, plan, **options))
         return out, topk_weight_grads
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for results, where the tensors of this group are."""
+        if self.on_device:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return host_memory.empty(*shape, dtype=dtype)
 
     def start_dispatch(
         self,
@@ -153,23 +201,23 @@ class NativeGroup:
         *,
         capacity: int | None = None,
         fp8_output: bool = False,
+        alone: bool = False,
     ) -> StartedCall:
-        """The first half of :meth:`dispatch`, or of :meth:`dispatch_fp8`; ``finish_dispatch`` is the second."""
-        args = _dispatch_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output)
+        """The first half of :meth:`dispatch`, or of :meth:`dispatch_fp8`; ``finish_dispatch`` is the second.
+
+        Args:
+            alone: the caller does nothing in between, so that on a device the kernels go to its stream.
+        """
+        args = self._fresh_args(
+            x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output, alone=alone
+        )
         return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x, topk_idx, topk_weights)
 
     def start_replay(
-        self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False
+        self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = False
     ) -> StartedCall:
         """The first half of :meth:`replay`, or of :meth:`replay_fp8`; ``finish_dispatch`` is the second."""
-        args = _C.DispatchArgs(
-            x_ptr=_pointer(x),
-            dtype=DTYPE_NAMES[x.dtype],
-            num_tokens=x.shape[0],
-            plan=plan,
-            gradient=gradient,
-            fp8_output=fp8_output,
-        )
+        args = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output, alone=alone)
         return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x)
 
     def start_combine(
@@ -182,19 +230,20 @@ class NativeGroup:
         weight_grads: Tensor | None = None,
         topk_weight_grads: Tensor | None = None,
         gradient: bool = False,
+        alone: bool = False,
     ) -> StartedCall:
         """The first half of :meth:`combine`, into ``out`` [T, H] of y's dtype; ``finish`` is the second."""
-        args = _C.CombineArgs(
-            y_ptr=_pointer(y),
-            dtype=DTYPE_NAMES[y.dtype],
-            plan=plan,
-            out_ptr=_pointer(out),
-            weights_ptr=_pointer(weights),
-            weight_grads_ptr=_pointer(weight_grads),
-            topk_weight_grads_ptr=_pointer(topk_weight_grads),
+        args = self._combine_args(
+            y,
+            plan,
+            out=out,
+            weights=weights,
+            weight_grads=weight_grads,
+            topk_weight_grads=topk_weight_grads,
             gradient=gradient,
+            alone=alone,
         )
-        memory = (y, weights, weight_grads, out, topk_weight_grads)
+        memory = (y, weights, weight_grads, out, topk_weight_grads, *getattr(plan, "memory", ()))
         return self._start(y.dtype, memory, lambda: self._native.combine_start(args))
 
     def finish(self, started: StartedCall) -> _C.DispatchBuffers:
@@ -213,8 +262,10 @@ class NativeGroup:
         with self._call():
             return started.ticket is None or self._native.ended(started.ticket)
 
-    def finish_dispatch(self, started: StartedCall) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor | None]:
+    def finish_dispatch(self, started: StartedCall) -> _Rows:
         """(plan, rows, scales of FP8 rows, weights of a fresh dispatch), as the calls in one."""
+        if self.on_device:
+            return self._finish_on_device(started)
         buffers = self.finish(started)
         plan, hidden_size = buffers.plan, self.config.hidden_size
         rows = host_memory.over(buffers.x, plan.rows, hidden_size, dtype=started.dtype)
@@ -223,10 +274,60 @@ class NativeGroup:
             scales = host_memory.over(buffers.scales, plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
         if buffers.weights is not None:
             weights = host_memory.over(buffers.weights, plan.rows, dtype=torch.float32)
-        return plan, rows, scales, weights
+        return _Rows(plan, rows, scales, weights)
 
-    def _start_dispatch(self, args: _C.DispatchArgs, dtype: torch.dtype, *memory: Tensor) -> StartedCall:
-        return self._start(dtype, memory, lambda: self._native.dispatch_start(args, host_memory.pool()))
+    def _finish_on_device(self, started: StartedCall) -> _Rows:
+        """Give the rows a place, and wait until they are ready on the current stream."""
+        if started.ticket is None:
+            raise ValueError("this call is finished: finish() once")
+        ticket, started.ticket = started.ticket, None
+        with self._call():
+            try:
+                self._place_until(ticket)
+                self._native.finish(ticket)
+                return self._placed[ticket]
+            finally:
+                self._placed.pop(ticket, None)
+                self._kept.pop(ticket, None)
+
+    def _place_until(self, ticket: int) -> None:
+        """Give the dispatches up to this one memory for what comes: they run one after the other."""
+        for earlier in sorted(self._unplaced):
+            if earlier <= ticket:
+                self._placed[earlier] = self._place(earlier)
+
+    def _place(self, ticket: int) -> _Rows:
+        """Wait for the sizes of a dispatch on a device, and give its results memory."""
+        unplaced, hidden_size = self._unplaced.pop(ticket), self.config.hidden_size
+        sizes = self._native.dispatch_sizes(ticket)
+        plan = sizes.plan
+        try:
+            rows = self.empty(plan.rows, hidden_size, dtype=unplaced.dtype)
+            scales = weights = pulls = None
+            if unplaced.dtype == torch.float8_e4m3fn:
+                scales = self.empty(plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
+            if not unplaced.is_replay:
+                weights = self.empty(plan.rows, dtype=torch.float32)
+                pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
+                plan.memory = (*unplaced.plan_memory, pulls)
+        except BaseException as error:  # no memory: the others wait for this rank's second half
+            self.usable = False
+            self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
+            raise
+        self._kept[ticket] = (*self._kept[ticket], rows, scales, weights, pulls)
+        self._native.dispatch_place(ticket, _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls))
+        return _Rows(plan, rows, scales, weights)
+
+    def _start_dispatch(self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor) -> StartedCall:
+        memory = (*memory, *call.memory)
+        started = self._start(dtype, memory, lambda: self._native.dispatch_start(call.args, self._pool()))
+        if self.on_device:
+            assert started.ticket is not None
+            self._unplaced[started.ticket] = _Unplaced(dtype, call.is_replay, call.memory)
+        return started
+
+    def _pool(self) -> _C.HostPool | None:
+        return None if self.on_device else host_memory.pool()
 
     def _start(self, dtype: torch.dtype, memory: tuple[Tensor | None, ...], start: Callable[[], int]) -> StartedCall:
         started = StartedCall(dtype, self._dropped)
@@ -238,8 +339,10 @@ class NativeGroup:
     def _forget_dropped(self) -> None:
         for _ in range(len(self._dropped)):
             ticket = self._dropped.popleft()
+            self._place_until(ticket)  # so that it runs out
             if self._native.forget(ticket):
                 self._kept.pop(ticket, None)
+                self._placed.pop(ticket, None)
             else:
                 self._dropped.append(ticket)
 
@@ -269,6 +372,8 @@ class NativeGroup:
         with self._lock:
             if self._closed is None:
                 collective = self.usable
+                if collective and self._unplaced:
+                    self._place_until(max(self._unplaced))  # the others count on them
                 native = self._take_native(ClosedError("the native group was closed"))
                 if collective:
                     native.close(collective=True, timeout_s=self.config.timeout_s)
@@ -321,7 +426,7 @@ class NativeGroup:
         return native
 
     def _dispatch(
-        self, args: _C.DispatchArgs, dtype: torch.dtype, *, with_weights: bool, capacity: int | None = None
+        self, call: _Dispatch, dtype: torch.dtype, *, with_weights: bool, capacity: int | None = None
     ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
         """(plan, rows in dtype, scales if that is e4m3, weights). A capacity that is too much memory sends nothing."""
         hidden_size = self.config.hidden_size
@@ -337,7 +442,7 @@ class NativeGroup:
             results = None if capacity is None else memory(capacity)
             begun = False
             try:
-                plan = self._native.dispatch_begin(args)
+                plan = self._native.dispatch_begin(call.args)
                 begun = True
                 rows, scales, weights = results or memory(plan.rows)
                 self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0, _pointer(scales))
@@ -350,6 +455,79 @@ class NativeGroup:
                 raise
         return plan, rows, scales, weights
 
+    def _fresh_args(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        expert_alignment: int,
+        capacity: int | None,
+        *,
+        fp8_output: bool = False,
+        alone: bool = True,
+    ) -> _Dispatch:
+        memory: tuple[Tensor, ...] = ()
+        if self.on_device:
+            memory = (self.empty(self._send_bytes(x.shape[0]), dtype=torch.uint8),)
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x),
+            dtype=DTYPE_NAMES[x.dtype],
+            num_tokens=x.shape[0],
+            topk_idx_ptr=_pointer(topk_idx),
+            topk_weights_ptr=_pointer(topk_weights),
+            expert_alignment=expert_alignment,
+            capacity=capacity,
+            fp8_output=fp8_output,
+            stream=device.current_stream(self.device),
+            alone=alone,
+            send_memory_ptr=_pointer(memory[0]) if memory else 0,
+        )
+        return _Dispatch(args, memory, is_replay=False)
+
+    def _replay_args(
+        self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = True
+    ) -> _Dispatch:
+        args = _C.DispatchArgs(
+            x_ptr=_pointer(x),
+            dtype=DTYPE_NAMES[x.dtype],
+            num_tokens=x.shape[0],
+            plan=plan,
+            gradient=gradient,
+            fp8_output=fp8_output,
+            stream=device.current_stream(self.device),
+            alone=alone,
+        )
+        return _Dispatch(args, getattr(plan, "memory", ()), is_replay=True)
+
+    def _combine_args(
+        self,
+        y: Tensor,
+        plan: _C.Plan,
+        *,
+        out: Tensor,
+        weights: Tensor | None,
+        weight_grads: Tensor | None,
+        topk_weight_grads: Tensor | None,
+        gradient: bool,
+        alone: bool = True,
+    ) -> _C.CombineArgs:
+        return _C.CombineArgs(
+            y_ptr=_pointer(y),
+            dtype=DTYPE_NAMES[y.dtype],
+            plan=plan,
+            out_ptr=_pointer(out),
+            weights_ptr=_pointer(weights),
+            weight_grads_ptr=_pointer(weight_grads),
+            topk_weight_grads_ptr=_pointer(topk_weight_grads),
+            gradient=gradient,
+            stream=device.current_stream(self.device),
+            alone=alone,
+        )
+
+    def _send_bytes(self, num_tokens: int) -> int:
+        with self._call():
+            return self._native.device_send_bytes(num_tokens)
+
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """Hold the lock during a native call; after a transport error nobody new shares the native group."""
@@ -359,9 +537,9 @@ class NativeGroup:
                 raise self._closed
             if self._ending:
                 raise ClosedError("the process is ending")
-            if self._dropped:
-                self._forget_dropped()
             try:
+                if self._dropped:
+                    self._forget_dropped()
                 yield
             except TransportError:
                 self.usable = False
@@ -372,28 +550,6 @@ class NativeGroup:
 _NOTHING = torch.empty(1)
 
 
-def _dispatch_args(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    expert_alignment: int,
-    capacity: int | None,
-    *,
-    fp8_output: bool = False,
-) -> _C.DispatchArgs:
-    """Of a fresh dispatch."""
-    return _C.DispatchArgs(
-        x_ptr=_pointer(x),
-        dtype=DTYPE_NAMES[x.dtype],
-        num_tokens=x.shape[0],
-        topk_idx_ptr=_pointer(topk_idx),
-        topk_weights_ptr=_pointer(topk_weights),
-        expert_alignment=expert_alignment,
-        capacity=capacity,
-        fp8_output=fp8_output,
-    )
-
-
 def _pointer(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
@@ -402,7 +558,7 @@ def _pointer(tensor: Tensor | None) -> int:
         return address
     if tensor.numel():
         raise ValueError(f"a {type(tensor).__name__} {list(tensor.shape)} without memory of its own cannot be sent")
-    return _NOTHING.data_ptr()
+    return _NOTHING.data_ptr()  # never read, so that it need not be on the device
 
 
 _serials = itertools.count()

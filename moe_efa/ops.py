@@ -156,12 +156,12 @@ def tie(y: Tensor, rows: Tensor) -> Tensor:
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, rows: Tensor) -> Tensor:
-        ctx.rows_shape, ctx.rows_dtype = rows.shape, rows.dtype
+        ctx.rows_shape, ctx.rows_dtype, ctx.device = rows.shape, rows.dtype, rows.device
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, torch.zeros(ctx.rows_shape, dtype=ctx.rows_dtype)
+        return None, torch.zeros(ctx.rows_shape, dtype=ctx.rows_dtype, device=ctx.device)
 
 
 # Gradients
@@ -172,7 +172,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, *options: Any) -> tuple[Tensor, ...]:
         results = Dispatched(*_call(_dispatch_op, x, topk_idx, topk_weights, *options))
         ctx.group, ctx.num_tokens, ctx.num_others = options[0], x.shape[0], 1 + len(options)
-        ctx.rows_shape, ctx.dtype = results.rows.shape, x.dtype
+        ctx.rows_shape, ctx.dtype, ctx.device = results.rows.shape, x.dtype, x.device
         _keep_plan(ctx, results.plan)
         fp8 = () if results.rows.dtype == x.dtype else (results.rows,)
         ctx.mark_non_differentiable(*fp8, results.scales, *results[3:])
@@ -186,11 +186,11 @@ class _Dispatch(torch.autograd.Function):
         grad_rows, _, grad_weights = grads[:3]
         needs_x, needs_weights = ctx.needs_input_grad[:2]
         if grad_rows is None:
-            grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype)
+            grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype, device=ctx.device)
         grad_topk_weights = None
         if needs_weights:
             if grad_weights is None:
-                grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32)
+                grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32, device=ctx.device)
             grad_x, grad_topk_weights, _ = _call(
                 _combine_grads_op, grad_rows, grad_weights, plan, ctx.group, ctx.num_tokens
             )
@@ -472,7 +472,7 @@ def start_dispatch(
     assert topk_weights is not None
     native = native_group.find(group)
     _check_tokens(native.config, x)
-    _check_routing(native.config, x, topk_idx, topk_weights)
+    _check_routing(native, x, topk_idx, topk_weights)
     return native.start_dispatch(
         x.contiguous(),
         topk_idx.contiguous(),
@@ -505,16 +505,16 @@ def _dispatched(
 ) -> Dispatched:
     return Dispatched(
         rows=rows,
-        scales=torch.empty(0, dtype=torch.float32) if scales is None else scales,
-        weights=torch.empty(0, dtype=torch.float32) if weights is None else weights,
+        scales=torch.empty(0, dtype=torch.float32, device=rows.device) if scales is None else scales,
+        weights=torch.empty(0, dtype=torch.float32, device=rows.device) if weights is None else weights,
         tokens_per_expert=torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64),
-        offsets=torch.tensor(native_plan.offsets, dtype=torch.int32),
+        offsets=torch.tensor(native_plan.offsets, dtype=torch.int32, device=rows.device),
         overflow=plan_tensor.overflow_of(native_plan),
         plan=plan_tensor.wrap(native_plan, group),
     )
 
 
-def _dispatch_cpu(
+def _dispatch_kernel(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor,
@@ -528,7 +528,7 @@ def _dispatch_cpu(
     if output not in ("same", "fp8"):
         raise ValueError(f"output must be 'same' or 'fp8', not {output!r}")
     _check_tokens(native.config, x)
-    _check_routing(native.config, x, topk_idx, topk_weights)
+    _check_routing(native, x, topk_idx, topk_weights)
     x, topk_idx, topk_weights = x.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
     if output == "fp8":
         plan, rows, scales, weights = native.dispatch_fp8(x, topk_idx, topk_weights, expert_alignment, capacity)
@@ -538,14 +538,14 @@ def _dispatch_cpu(
     return list(_dispatched(plan, rows, scales, weights, group=group))
 
 
-def _replay_cpu(
+def _replay_kernel(
     x: Tensor, plan: Tensor, group: str, rows: int, gradient: bool = False, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     native, native_plan = _find_replay(x, plan, group)
     return native.replay(x.contiguous(), native_plan, gradient=gradient), torch.empty(0)
 
 
-def _replay_fp8_cpu(
+def _replay_fp8_kernel(
     x: Tensor, plan: Tensor, group: str, rows: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     native, native_plan = _find_replay(x, plan, group)
@@ -560,7 +560,7 @@ def _find_replay(x: Tensor, plan: Tensor, group: str) -> tuple[NativeGroup, _C.P
     return native, native_plan
 
 
-def _combine_cpu(
+def _combine_kernel(
     y: Tensor,
     weights: Tensor | None,
     plan: Tensor,
@@ -576,7 +576,7 @@ def _combine_cpu(
     return out, torch.empty(0)
 
 
-def _combine_grads_cpu(
+def _combine_grads_kernel(
     grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
@@ -588,10 +588,12 @@ def _combine_grads_cpu(
     return out, topk_weight_grads, torch.empty(0)
 
 
-def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
+def _weight_grads_kernel(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
     grads = torch.cat([(a.float() * b.float()).sum(-1) for a, b in zip(_blocks(grad_rows), _blocks(y), strict=True)])
     native_plan = plan_tensor.unwrap(plan, group)
+    if not grads.is_cpu:
+        return torch.where(_is_padding(native_plan, grads), 0.0, grads)
     offsets = native_plan.offsets
     for start, stop, count in zip(offsets[:-1], offsets[1:], native_plan.tokens_per_expert, strict=True):
         if start + count < stop:
@@ -600,7 +602,17 @@ def _weight_grads_cpu(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) ->
     return grads
 
 
-def _weighted_rows_cpu(rows: Tensor, weights: Tensor) -> Tensor:
+def _is_padding(native_plan: _C.Plan, rows: Tensor) -> Tensor:
+    """[rows] bool of a plan, on the device of ``rows``, without waiting for it."""
+    starts = torch.tensor(native_plan.offsets, dtype=torch.int64)
+    ends = starts[:-1] + torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64)
+    index = torch.arange(len(rows), device=rows.device)
+    starts, ends = starts.to(rows.device, non_blocking=True), ends.to(rows.device, non_blocking=True)
+    expert = torch.searchsorted(starts[1:], index, right=True)
+    return index >= ends[expert.clamp(max=len(ends) - 1)]
+
+
+def _weighted_rows_kernel(rows: Tensor, weights: Tensor) -> Tensor:
     """[rows, H] in the dtype of rows: ``(weights[:, None] * rows).to(rows.dtype)``, the product in fp32."""
     out = rows.new_empty(rows.shape)
     blocks = _blocks(rows)
@@ -623,12 +635,13 @@ def _check_tokens(config: ExpertParallelConfig, x: Tensor) -> None:
         raise ValueError(f"x has {x.shape[0]} tokens, more than max_tokens_per_rank={config.max_tokens_per_rank}")
 
 
-def _check_routing(config: ExpertParallelConfig, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+def _check_routing(native: NativeGroup, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
+    config = native.config
     shape = (x.shape[0], config.top_k)
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if tensor.shape != shape:
             raise ValueError(_shape_error(name, tensor, shape))
-    if topk_idx.numel():
+    if topk_idx.numel() and not native.on_device:  # there the kernel looks, and nobody waits for it
         lowest, highest = (int(value) for value in topk_idx.aminmax())
         if lowest < -1 or highest >= config.num_experts:
             raise ValueError(
@@ -650,14 +663,15 @@ def _check_rows(config: ExpertParallelConfig, y: Tensor, weights: Tensor | None,
 
 
 for _op, _fake, _kernel in (
-    (_dispatch_op, _dispatch_fake, _dispatch_cpu),
-    (_replay_op, _replay_fake, _replay_cpu),
-    (_replay_fp8_op, _replay_fp8_fake, _replay_fp8_cpu),
-    (_combine_op, _combine_fake, _combine_cpu),
-    (_combine_grads_op, _combine_grads_fake, _combine_grads_cpu),
-    (_weight_grads_op, _weight_grads_fake, _weight_grads_cpu),
-    (_weighted_rows_op, _weighted_rows_fake, _weighted_rows_cpu),
+    (_dispatch_op, _dispatch_fake, _dispatch_kernel),
+    (_replay_op, _replay_fake, _replay_kernel),
+    (_replay_fp8_op, _replay_fp8_fake, _replay_fp8_kernel),
+    (_combine_op, _combine_fake, _combine_kernel),
+    (_combine_grads_op, _combine_grads_fake, _combine_grads_kernel),
+    (_weight_grads_op, _weight_grads_fake, _weight_grads_kernel),
+    (_weighted_rows_op, _weighted_rows_fake, _weighted_rows_kernel),
 ):
     torch.library.register_fake(_op, _fake, lib=_library)
     _library.impl(_op, _opaque(_kernel), "CPU")
+    _library.impl(_op, _kernel, "CUDA")
     _kernel_of[_op] = _kernel

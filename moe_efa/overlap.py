@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_efa import host_memory, native_group, ops, plan_tensor
+from moe_efa import native_group, ops, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.late_gradients import LateGradients, Queue
 from moe_efa.native_group import NativeGroup, StartedCall
@@ -106,11 +106,6 @@ def finish_combines(all_halves: Sequence[CombineHalves], out: Tensor, tickets: S
     return _FinishCombines.apply(tuple(all_halves), [out], *tickets)  # type: ignore[no-untyped-call]
 
 
-def empty_result(num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    """Where combines write, for :class:`CombineHalves`."""
-    return host_memory.empty(num_tokens, hidden_size, dtype=dtype)
-
-
 class _StartDispatch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,6 +148,7 @@ class _FinishDispatch(torch.autograd.Function):
         results = ops.finish_dispatch(call, group=halves.group)
         halves.forward = None
         ctx.halves, ctx.rows_shape, ctx.dtype = halves, results.rows.shape, results.rows.dtype
+        ctx.device = results.rows.device
         ctx.save_for_backward(results.plan)
         fp8 = (results.rows,) if results.rows.dtype == ops.FP8_DTYPE else ()
         ctx.mark_non_differentiable(*fp8, results.scales, *results[3:])
@@ -166,16 +162,18 @@ class _FinishDispatch(torch.autograd.Function):
         halves: DispatchHalves = ctx.halves
         grad_rows, _, grad_weights = grads[:3]
         if grad_rows is None:
-            grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype)
+            grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype, device=ctx.device)
         native, native_plan = native_group.find(halves.group), plan_tensor.unwrap(plan, halves.group)
-        grad_x = host_memory.empty(halves.num_tokens, native.config.hidden_size, dtype=grad_rows.dtype)
+        grad_x = native.empty(halves.num_tokens, native.config.hidden_size, dtype=grad_rows.dtype)
         grad_topk_weights = None
         if not halves.needs_weights:
             grad_weights = None
         else:
-            grad_topk_weights = torch.empty(halves.num_tokens, native.config.top_k, dtype=torch.float32)
+            grad_topk_weights = torch.empty(
+                halves.num_tokens, native.config.top_k, dtype=torch.float32, device=ctx.device
+            )
             if grad_weights is None:
-                grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32)
+                grad_weights = torch.zeros(ctx.rows_shape[0], dtype=torch.float32, device=ctx.device)
         halves.gradients = grad_x, grad_topk_weights
         halves.gradient = native.start_combine(
             grad_rows.contiguous(),
@@ -290,7 +288,7 @@ def moe(
             received = finish_dispatch(dispatches[wave], ticket)
             y = compute(received, sizes[wave])
             if wave == 0:
-                out = empty_result(len(x), native.config.hidden_size, y.dtype)
+                out = native.empty(len(x), native.config.hidden_size, dtype=y.dtype)
                 outputs = torch.split(out, sizes)
             combines.append(CombineHalves(group, received.plan, outputs[wave]))
             if late is not None:

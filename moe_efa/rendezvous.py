@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from moe_efa import _C, env, libfabric, topology
+from moe_efa import _C, device, env, libfabric, topology
 from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ConfigError, PeerLostError, PeerTimeoutError, TransportError
@@ -273,6 +273,7 @@ def native_config(config: ExpertParallelConfig, agreement: Agreement) -> _C.Grou
         ranks_on_host=agreement.ranks_on_host,
         chunk_rows=config.chunk_rows,
         slots=config.slots,
+        **device.native_options(config.device),
         **_faults(),
     )
 

@@ -28,18 +28,8 @@ INPUT_OUTPUT = re.compile(
 
 # The lowest first; a module may import its own group and those before it.
 PYTHON_LAYERS = (
-    ("_C", "_version", "env", "errors", "config", "presets", "topology"),
-    (
-        "reference",
-        "triton_kernels",
-        "quantization",
-        "routing",
-        "rendezvous",
-        "libfabric",
-        "cuda_library",
-        "simulator",
-        "host_memory",
-    ),
+    ("_C", "_version", "env", "errors", "config", "device", "presets", "topology"),
+    ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
     ("handle", "native_group", "plan_tensor", "late_gradients"),
     ("ops",),
     ("overlap",),

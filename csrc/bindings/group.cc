@@ -7,6 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "common/status.h"
+#include "runtime/device_library.h"
 #include "runtime/group.h"
 
 namespace moe_efa::bindings {
@@ -89,6 +90,10 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.chunk_rows = py::cast<std::uint32_t>(value);
     else if (name == "slots")
       config.slots = py::cast<std::uint32_t>(value);
+    else if (name == "device_library")
+      config.device_library = py::cast<std::string>(value);
+    else if (name == "device_index")
+      config.device_index = py::cast<std::int32_t>(value);
     else if (name == "reorder")
       config.reorder = py::cast<bool>(value);
     else if (name == "reorder_seed")
@@ -130,7 +135,8 @@ struct OverflowFlag {
 DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, std::uint32_t num_tokens,
                               std::uintptr_t topk_idx_ptr, std::uintptr_t topk_weights_ptr,
                               std::uint32_t expert_alignment, std::optional<std::int64_t> capacity, const PlanPtr& plan,
-                              bool gradient, bool fp8_output) {
+                              bool gradient, bool fp8_output, std::uintptr_t stream, bool alone,
+                              std::uintptr_t send_memory_ptr) {
   if (capacity && (*capacity < 0 || *capacity > INT32_MAX)) {
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1,
                                "capacity " + std::to_string(*capacity) + " is outside [0, 2^31)"});
@@ -150,12 +156,15 @@ DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, st
           capacity.value_or(kernels::Plan::kExact),
           plan,
           gradient,
-          fp8_output};
+          fp8_output,
+          pointer<void>(stream),
+          alone,
+          pointer<void>(send_memory_ptr)};
 }
 
 CombineRequest make_combine(std::uintptr_t y_ptr, const std::string& dtype, const PlanPtr& plan, std::uintptr_t out_ptr,
                             std::uintptr_t weights_ptr, std::uintptr_t weight_grads_ptr,
-                            std::uintptr_t topk_weight_grads_ptr, bool gradient) {
+                            std::uintptr_t topk_weight_grads_ptr, bool gradient, std::uintptr_t stream, bool alone) {
   return {pointer<const void>(y_ptr),
           dtype_of(dtype),
           plan,
@@ -163,7 +172,9 @@ CombineRequest make_combine(std::uintptr_t y_ptr, const std::string& dtype, cons
           pointer<const float>(weights_ptr),
           pointer<const float>(weight_grads_ptr),
           pointer<float>(topk_weight_grads_ptr),
-          gradient};
+          gradient,
+          pointer<void>(stream),
+          alone};
 }
 
 py::dict stats_dict(const runtime::GroupStats& stats) {
@@ -204,6 +215,7 @@ py::dict info_dict(const runtime::GroupInfo& info) {
   out["publish_slots"] = info.layout.publish_slots;
   out["registered_bytes"] = info.registered_bytes;
   out["num_threads"] = info.num_threads;
+  out["device"] = info.device;
   return out;
 }
 
@@ -219,7 +231,7 @@ void bind_group(py::module_& module) {
     return py::buffer_info(flag.word.get(), 1);
   });
 
-  py::class_<kernels::Plan, PlanPtr>(module, "Plan")
+  py::class_<kernels::Plan, PlanPtr>(module, "Plan", py::dynamic_attr())
       .def_readonly("plan_id", &kernels::Plan::plan_id)
       .def_readonly("num_tokens", &kernels::Plan::num_tokens)
       .def_readonly("offsets", &kernels::Plan::offsets)
@@ -236,11 +248,17 @@ void bind_group(py::module_& module) {
       .def(py::init(&make_dispatch), py::kw_only(), py::arg("x_ptr"), py::arg("dtype"), py::arg("num_tokens"),
            py::arg("topk_idx_ptr") = 0, py::arg("topk_weights_ptr") = 0, py::arg("expert_alignment") = 1,
            py::arg("capacity") = py::none(), py::arg("plan") = py::none(), py::arg("gradient") = false,
-           py::arg("fp8_output") = false);
+           py::arg("fp8_output") = false, py::arg("stream") = 0, py::arg("alone") = true,
+           py::arg("send_memory_ptr") = 0);
   py::class_<CombineRequest>(module, "CombineArgs")
       .def(py::init(&make_combine), py::kw_only(), py::arg("y_ptr"), py::arg("dtype"), py::arg("plan"),
            py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("weight_grads_ptr") = 0,
-           py::arg("topk_weight_grads_ptr") = 0, py::arg("gradient") = false);
+           py::arg("topk_weight_grads_ptr") = 0, py::arg("gradient") = false, py::arg("stream") = 0,
+           py::arg("alone") = true);
+
+  py::class_<runtime::DispatchSizes>(module, "DispatchSizes")
+      .def_readonly("plan", &runtime::DispatchSizes::plan)
+      .def_readonly("plan_bytes", &runtime::DispatchSizes::plan_bytes);
 
   py::class_<runtime::DispatchBuffers>(module, "DispatchBuffers")
       .def_readonly("plan", &runtime::DispatchBuffers::plan)
@@ -250,7 +268,11 @@ void bind_group(py::module_& module) {
 
   py::class_<Group, GroupPtr>(module, "Group")
       .def(py::init([](const GroupConfig& config) {
-             GroupPtr group(new Group(config));
+             std::shared_ptr<kernels::Device> device;
+             if (!config.device_library.empty()) {
+               device = runtime::open_device(config.device_library, config.device_index);
+             }
+             GroupPtr group(new Group(config, std::move(device)));
              group->set_interrupt_check(&check_interrupt);
              return group;
            }),
@@ -277,6 +299,18 @@ void bind_group(py::module_& module) {
           },
           py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0, release())
       .def("combine", &Group::combine, py::arg("args"), release())
+      .def("dispatch_sizes", &Group::dispatch_sizes, py::arg("ticket"), release())
+      .def(
+          "dispatch_place",
+          [](Group& group, std::uint64_t ticket, std::uintptr_t out_ptr, std::uintptr_t weights_ptr,
+             std::uintptr_t scales_ptr, std::uintptr_t plan_memory_ptr) {
+            group.dispatch_place(ticket,
+                                 {pointer<void>(out_ptr), pointer<float>(weights_ptr), pointer<float>(scales_ptr)},
+                                 pointer<void>(plan_memory_ptr));
+          },
+          py::arg("ticket"), py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0,
+          py::arg("plan_memory_ptr") = 0, release())
+      .def("device_send_bytes", &Group::device_send_bytes, py::arg("num_tokens"))
       .def("dispatch_start", &Group::dispatch_start, py::arg("args"), py::arg("pool"), release())
       .def("combine_start", &Group::combine_start, py::arg("args"), release())
       .def("finish", &Group::finish, py::arg("ticket"), release())

@@ -42,6 +42,7 @@ Engine::Engine(const EngineConfig& config)
     : topology_(config.topology),
       layout_(config.layout, config.topology.node()),
       region_(config.region),
+      slots_(config.slots != nullptr ? config.slots : config.region),
       max_writes_per_nic_(config.max_writes_per_nic),
       credit_batch_(std::max(1u, config.layout.slots / 4)),
       largest_chunk_bytes_(std::max(layout_.slot_bytes(Phase::kDispatch), layout_.slot_bytes(Phase::kCombine))),
@@ -388,7 +389,7 @@ void Engine::on_chunk(Phase phase, const Imm& imm, std::uint32_t bytes) {
   if (landed == seq + 1) return reject(-1, "arrived twice");
 
   proto::ChunkHeader header;
-  std::memcpy(&header, region_ + layout_.ring_slot(phase, node, seq), sizeof(header));
+  std::memcpy(&header, slots_ + layout_.ring_slot(phase, node, seq), sizeof(header));
   auto epoch = static_cast<std::int64_t>(header.epoch);
   bool replay = (header.flags & proto::kFlagReplay) != 0;
   bool grads = (header.flags & proto::kFlagWeightGrads) != 0;

@@ -22,7 +22,8 @@ struct EngineConfig {
   proto::LayoutConfig layout;
   std::uint32_t num_nics = 1;
   std::uint32_t max_writes_per_nic = 64;  // outstanding, towards all peers
-  const std::byte* region = nullptr;      // own region, read only: headers of what has landed
+  const std::byte* region = nullptr;      // own region, read only: what has landed
+  const std::byte* slots = nullptr;       // NodeView::own_slots(); null: the same
 };
 
 // One RDMA write with immediate, from the own region into that of a rail peer.
@@ -165,6 +166,7 @@ class Engine {
   proto::Topology topology_;
   proto::RegionLayout layout_;
   const std::byte* region_;
+  const std::byte* slots_;
   std::uint32_t max_writes_per_nic_;
   std::uint32_t credit_batch_;
   std::uint64_t largest_chunk_bytes_;

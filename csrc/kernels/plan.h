@@ -11,6 +11,10 @@
 
 namespace moe_efa::kernels {
 
+namespace cuda {
+struct PlanView;
+}
+
 // Rows of one source for one node, and how they are cut.
 struct RingFacts {
   std::uint32_t rows = 0;
@@ -59,6 +63,9 @@ struct Plan {
                                                            // the row, of the sources that this rank forwards for
   std::vector<std::int64_t> tokens_per_expert;             // [experts_per_rank]
   std::vector<std::int64_t> offsets;                       // [experts_per_rank + 1], padded starts
+
+  // Of a rank with a device: where its arrays are there; here are only facts, counts and offsets then.
+  std::shared_ptr<cuda::PlanView> device_view;
 
   // Static mode: the output has `capacity` rows, whatever comes; a row whose place is not below usable_rows() is lost,
   // and tokens_per_expert and offsets are those of the rows that are not.

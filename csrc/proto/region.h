@@ -1,4 +1,5 @@
-// The layout of a rank's region: one registered block that its node mates map and its rail peers write.
+// The layout of a rank's region, which its node mates map and its rail peers write: words and counts first, then slots.
+// Both lie in one block, or the slots in memory of their own (a GPU's), at the same offsets.
 // Every size and offset is computed here and nowhere else; all ranks compute the same ones (I15), once (I9).
 #pragma once
 
@@ -85,6 +86,8 @@ class RegionLayout {
   constexpr std::uint32_t own_node() const { return own_node_; }
   constexpr std::uint64_t total_bytes() const { return total_bytes_; }
   constexpr std::uint64_t flag_bytes() const { return flag_bytes_; }  // words at the start, zero at birth
+  // Where words and counts, which CPUs read and write, end and the slots begin.
+  constexpr std::uint64_t slots_begin() const { return ring_[0]; }
   constexpr std::uint64_t slot_bytes(Phase phase) const {
     return phase == Phase::kDispatch ? dispatch_slot_bytes_ : combine_slot_bytes_;
   }
@@ -180,10 +183,16 @@ class RegionLayout {
 struct NodeView {
   Topology topology;
   RegionLayout layout;
-  std::byte* const* regions = nullptr;  // [node_size], indexed by local rank
+  std::byte* const* regions = nullptr;     // [node_size], indexed by local rank: words and counts
+  std::byte* const* slot_bases = nullptr;  // RegionMemory::slot_base() of each; null: the slots lie in the regions
 
   constexpr std::byte* region(std::uint32_t local) const { return regions[local]; }
   constexpr std::byte* own() const { return regions[topology.local_rank()]; }
+  // Where the offsets of ring, send and publish slots count from.
+  constexpr std::byte* slots(std::uint32_t local) const {
+    return slot_bases != nullptr ? slot_bases[local] : regions[local];
+  }
+  constexpr std::byte* own_slots() const { return slots(topology.local_rank()); }
   std::uint64_t* word(std::uint32_t local, std::uint64_t offset) const {
     return reinterpret_cast<std::uint64_t*>(regions[local] + offset);
   }

@@ -40,6 +40,8 @@ struct GroupConfig {
   std::uint32_t ranks_on_host = 0;  // 0 = node_size; more where one host plays several nodes
   std::uint32_t chunk_rows = 0;     // 0 = derived from the budget
   std::uint32_t slots = 0;          // 0 = derived from the budget
+  std::string device_library;       // path of the library that runs the kernels; empty = the CPU's
+  std::int32_t device_index = 0;    // on this host
   // For tests: the rails reorder, with these faults (transport/reorder_rail.h).
   bool reorder = false;
   std::uint64_t reorder_seed = 0;

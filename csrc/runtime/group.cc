@@ -12,6 +12,7 @@
 #include "common/log.h"
 #include "kernels/cpu/plan.h"
 #include "runtime/backoff.h"
+#include "runtime/device_started.h"
 #include "runtime/huge_pages.h"
 #include "runtime/rails.h"
 
@@ -31,6 +32,7 @@ constexpr double kHearsayS = 1;     // before a rank blames one that may be wait
 constexpr double kDrainS = 2;
 constexpr long kRailsPauseUs = 50, kMatesPauseUs = 10'000;  // the longest sleep of a waiting call
 constexpr long kBackgroundPauseUs = 200;                    // and of one that nobody waits for yet
+constexpr long kDevicePauseUs = 10;                         // between two looks at what kernels have done
 
 // Two busy threads a rank: the caller and the driver.
 bool is_crowded(const GroupConfig& config) {
@@ -64,14 +66,15 @@ proto::DType resolve_dtype(const std::string& configured, proto::DType tensor) {
 
 }  // namespace
 
-Group::Group(const GroupConfig& config)
+Group::Group(const GroupConfig& config, std::shared_ptr<kernels::Device> device)
     : config_(config),
       sizing_(choose_layout(config)),
       layout_(sizing_.layout, config.topology.node()),
       state_(config.topology),
       pool_(std::max(1u, config.num_threads)),
       crowded_(is_crowded(config)),
-      cache_share_bytes_(cache_share(config)) {
+      cache_share_bytes_(cache_share(config)),
+      device_(std::move(device)) {
   const proto::Topology& topology = config_.topology;
   int rank = static_cast<int>(topology.rank);
   segment_ = transport::Segment::create(transport::segment_name(config_.job_key, rank), layout_.total_bytes());
@@ -82,6 +85,7 @@ Group::Group(const GroupConfig& config)
       transport::LivenessConfig{rank, config_.listen_host, config_.job_key, config_.heartbeat_timeout_s});
   if (topology.num_nodes() > 1) make_rails();
   long pause_us = driver_ && crowded_ ? kBackgroundPauseUs : kMatesPauseUs;
+  if (device_) pause_us = crowded_ ? kBackgroundPauseUs : kDevicePauseUs;  // kernels do not ring
   background_ = std::make_unique<Background>(doorbell_, pause_us, [this] { return step_background(); });
 }
 
@@ -95,8 +99,9 @@ void Group::make_rails() {
   rails_ = std::move(rails.rails);
   unlink_rails_ = std::move(rails.unlink);
   descriptors_ = std::make_unique<engine::DescriptorRing>(engine::max_descriptors(sizing_.layout));
-  engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{
-      config_.topology, sizing_.layout, static_cast<std::uint32_t>(rails_.size()), kWritesPerNic, segment_.data()});
+  engine_ = std::make_unique<engine::Engine>(engine::EngineConfig{config_.topology, sizing_.layout,
+                                                                  static_cast<std::uint32_t>(rails_.size()),
+                                                                  kWritesPerNic, view_.own(), view_.own_slots()});
   std::vector<transport::Rail*> raw;
   for (const auto& rail : rails_) raw.push_back(rail.get());
   transport::PumpConfig pump_config;
@@ -120,6 +125,7 @@ Group::~Group() {
   if (driver_) driver_->stop();
   dispatch_.reset();
   drop_started();
+  close_device();
   driver_.reset();
   rails_.clear();  // before the region that they registered
   liveness_.reset();
@@ -183,6 +189,7 @@ void Group::connect(const std::vector<std::string>& encoded) {
   for (std::uint32_t rank : neighbours()) {
     peers_.push_back({static_cast<int>(rank), addresses[rank].host, static_cast<std::uint16_t>(addresses[rank].port)});
   }
+  if (device_) open_device_state();
   connected_ = true;
 }
 
@@ -230,6 +237,7 @@ void Group::record(const Status& status) {
     if (failure_.ok()) failure_ = status;  // the first error wins (I6)
     failed_.store(true);
   }
+  if (device_state_) device_state_->stop();
   liveness_->abort(status);
 }
 
@@ -248,8 +256,9 @@ bool Group::peer_left(std::uint32_t rank, bool wait) const {
   }
 }
 
-// A peer that left after this very call owes nothing. One that left before it will never come.
-void Group::check_departures(Phase phase, std::int64_t epoch) {
+// A peer that left after this very call owes nothing. One that left before it will never come: ok() where there is
+// none.
+Status Group::departure(Phase phase, std::int64_t epoch) const {
   for (std::uint32_t rank : neighbours()) {
     std::optional<std::uint64_t> calls = liveness_->goodbye_of(static_cast<int>(rank));
     if (!calls || *calls >= state_.call) continue;
@@ -258,9 +267,14 @@ void Group::check_departures(Phase phase, std::int64_t epoch) {
     text << "rank " << rank << ' '
          << (reason.empty() ? "closed the group (or its process ended: see its own error)" : reason) << " while rank "
          << config_.topology.rank << " was in " << proto::phase_name(phase) << " epoch " << epoch;
-    fail({reason.empty() ? StatusCode::kPeerLost : StatusCode::kTransport, static_cast<int>(rank),
-          static_cast<int>(phase), epoch, -1, text.str()});
+    return {reason.empty() ? StatusCode::kPeerLost : StatusCode::kTransport,
+            static_cast<int>(rank),
+            static_cast<int>(phase),
+            epoch,
+            -1,
+            text.str()};
   }
+  return {};
 }
 
 void Group::fail(Status status) {
@@ -354,7 +368,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
   double last_moved = monotonic_s(), last_check = last_moved;
   bool warned = false;
   // Mates and the driver ring; where the driver has no core of its own, nobody rings for what only the rails know.
-  Backoff backoff(doorbell_, crowded_, driver_ && crowded_ ? kRailsPauseUs : kMatesPauseUs);
+  Backoff backoff(doorbell_, crowded_, device_ || (driver_ && crowded_) ? kRailsPauseUs : kMatesPauseUs);
   if (driver_) driver_->enter();
   stand_in(true);
   struct Leave {
@@ -381,7 +395,9 @@ void Group::run(Call& call, Phase phase, const Until& until) {
       if (now - last_check < kCheckEveryS) continue;
       last_check = now;
       if (interrupt_check_) interrupt_check_();
-      if (liveness_->any_goodbye()) check_departures(phase, epoch);
+      if (liveness_->any_goodbye()) {
+        if (Status left = departure(phase, epoch); !left.ok()) fail(left);
+      }
       if (now - last_moved > kPatienceS) {
         check_patience(phase, epoch, waiting_for(call, phase), now - last_moved, &warned);
       }
@@ -427,7 +443,9 @@ Group::Prepared Group::prepare_dispatch(const DispatchRequest& request) {
          std::string("FP8 rows cannot be handed through: the wire's dtype is ") + proto::dtype_name(wire)});
   }
   std::shared_ptr<kernels::Plan> plan = request.plan;
-  if (!plan) {
+  if (!plan && device_) {
+    plan = new_device_plan(request);
+  } else if (!plan) {
     // Throws kInvalid before anything is sent or counted (I17).
     plan = kernels::cpu::build_send_plan({request.topk_idx, request.topk_weights, request.num_tokens,
                                           request.expert_alignment, context().num_nics, request.capacity},
@@ -480,8 +498,9 @@ kernels::CombineArgs Group::prepare_combine(const CombineRequest& request) {
   MOE_EFA_CHECK(request.plan && request.plan->complete, "a combine needs the plan of a finished dispatch");
   proto::DType wire =
       resolve_dtype(request.gradient ? config_.grad_combine_dtype : config_.combine_dtype, request.dtype);
-  prefer_huge_pages(request.out,
-                    std::uint64_t{request.plan->num_tokens} * config_.hidden_size * proto::dtype_bytes(request.dtype));
+  if (!device_)
+    prefer_huge_pages(
+        request.out, std::uint64_t{request.plan->num_tokens} * config_.hidden_size * proto::dtype_bytes(request.dtype));
   return {request.y,       request.dtype,        wire,        request.plan,
           request.weights, request.weight_grads, request.out, request.topk_weight_grads};
 }
@@ -504,6 +523,7 @@ void Group::combine(const CombineRequest& request) {
 std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool) {
   double begin = monotonic_s();
   Prepared prepared = prepare_dispatch(request);
+  if (device_) return start_device_dispatch(request, prepared);
   std::uint64_t ticket;
   {
     std::lock_guard lock(calls_mutex_);
@@ -518,6 +538,7 @@ std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_
 std::uint64_t Group::combine_start(const CombineRequest& request) {
   double begin = monotonic_s();
   kernels::CombineArgs args = prepare_combine(request);
+  if (device_) return start_device_combine(request, args);
   std::uint64_t ticket;
   {
     std::lock_guard lock(calls_mutex_);
@@ -535,26 +556,29 @@ std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
   return next_ticket_++;
 }
 
-DispatchBuffers Group::finish(std::uint64_t ticket) {
-  double begin = monotonic_s();
-  auto found = pending_.find(ticket);
-  if (found == pending_.end()) check_open();
-  MOE_EFA_CHECK(found != pending_.end(), "no call with ticket " << ticket << " is pending");
-  std::shared_ptr<StartedCall> call = found->second;
-  pending_.erase(found);
-  check_open(call->phase());
-  MOE_EFA_CHECK(!dispatch_, "finish() inside a dispatch");
-  // Stepped with the others, in its turn.
+// Waits for something about a call that is stepped with the others, in its turn.
+void Group::run_in_turn(const StartedCall& call, const std::function<bool()>& until) {
   struct InTurn {
     const StartedCall& call;
     bool step() { return false; }
     kernels::Waiting waiting() const { return {}; }
     std::uint64_t epoch() const { return call.epoch(); }
-  } in_turn{*call};
-  run(in_turn, call->phase(), [&] { return call->done(); });
+  } in_turn{call};
+  run(in_turn, call.phase(), until);
+}
+
+DispatchBuffers Group::finish(std::uint64_t ticket) {
+  double begin = monotonic_s();
+  std::shared_ptr<StartedCall> call = pending_call(ticket);
+  pending_.erase(ticket);
+  check_open(call->phase());
+  MOE_EFA_CHECK(!dispatch_, "finish() inside a dispatch");
+  auto* on_device = dynamic_cast<DeviceCall*>(call.get());
+  run_in_turn(*call, [&] { return on_device == nullptr ? call->done() : on_device->returns(*device_); });
+  if (on_device != nullptr) on_device->leave();
   count(call->phase(), call->plan(), call->wire_dtype());
   phase_stats_[static_cast<int>(call->phase())].seconds += monotonic_s() - begin;
-  if (call->phase() == Phase::kCombine) return {};
+  if (call->phase() == Phase::kCombine || on_device != nullptr) return {};
   return static_cast<StartedDispatch&>(*call).take_results();
 }
 
@@ -590,6 +614,7 @@ bool Group::step_background() {
   try {
     std::lock_guard lock(calls_mutex_);
     if (!in_background_) return false;
+    watch_device_calls();
     if (!failed_.load() && !liveness_->failed()) moved = step_started();
   } catch (const StatusError& error) {
     record(error.status());
@@ -620,6 +645,11 @@ void Group::settle_background() {
 
 void Group::drop_started() {
   std::lock_guard lock(calls_mutex_);
+  bool moving = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
+  if (device_state_ && moving) {
+    device_state_->stop();
+    device_->drain();
+  }
   for (auto& calls : moving_) calls.clear();
 }
 
@@ -764,6 +794,7 @@ GroupInfo Group::info() const {
   for (const auto& rail : rails_) info.nics.push_back(rail->describe());
   info.registered_bytes = sizing_.region_bytes;
   info.num_threads = static_cast<std::uint32_t>(pool_.width());
+  if (device_) info.device = device_->facts().name;
   return info;
 }
 

@@ -19,6 +19,8 @@
 #include "engine/engine.h"
 #include "kernels/cpu/combine_call.h"
 #include "kernels/cpu/dispatch_call.h"
+#include "kernels/device.h"
+#include "kernels/device/state.h"
 #include "kernels/launch.h"
 #include "proto/region.h"
 #include "runtime/address.h"
@@ -47,6 +49,10 @@ struct DispatchRequest {
   std::shared_ptr<kernels::Plan> plan;            // a replay
   bool gradient = false;                          // x is one: sent in grad_wire_dtype
   bool fp8_output = false;                        // hand the rows of an FP8 wire through
+  // On a device:
+  void* stream = nullptr;       // the caller's
+  bool alone = true;            // kernels go there, and not on a stream of their own
+  void* send_memory = nullptr;  // fresh: device_send_bytes(num_tokens) that live as long as the plan
 };
 
 struct CombineRequest {
@@ -58,6 +64,14 @@ struct CombineRequest {
   const float* weight_grads = nullptr;
   float* topk_weight_grads = nullptr;
   bool gradient = false;  // y is one: sent in grad_combine_dtype
+  // On a device, as in DispatchRequest:
+  void* stream = nullptr;
+  bool alone = true;
+};
+
+struct DispatchSizes {
+  std::shared_ptr<kernels::Plan> plan;
+  std::size_t plan_bytes = 0;  // of device memory that lives as long as the plan
 };
 
 struct PhaseStats {
@@ -79,11 +93,13 @@ struct GroupInfo {
   proto::LayoutConfig layout;
   std::uint64_t registered_bytes = 0;
   std::uint32_t num_threads = 1;
+  std::string device;  // that runs the kernels; empty = the CPU
 };
 
 class Group {
  public:
-  explicit Group(const GroupConfig& config);  // region, rails, listener; talks to nobody
+  // Region, rails, listener; talks to nobody. `device`: where its tensors are, null for the CPU.
+  explicit Group(const GroupConfig& config, std::shared_ptr<kernels::Device> device = nullptr);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -115,6 +131,12 @@ class Group {
   // them.
   bool forget(std::uint64_t ticket);
 
+  // On a device all calls are started (`pool` is not used), and finish() returns when the results are ready on the
+  // caller's stream. In a dispatch the caller gives memory in between: sizes, which wait for the counts, then place.
+  DispatchSizes dispatch_sizes(std::uint64_t ticket);
+  void dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory);
+  std::size_t device_send_bytes(std::uint32_t num_tokens) const;
+
   // Fails the group on every rank. The blame is on this rank, unless the caller knows better.
   void abort(const std::string& message);
   void abort(const common::Status& status);
@@ -124,6 +146,7 @@ class Group {
 
   GroupStats stats();
   GroupInfo info() const;
+  const kernels::Device* device() const { return device_.get(); }
 
  private:
   void make_rails();
@@ -131,7 +154,7 @@ class Group {
   void record(const common::Status& status);
   void check_open(std::optional<proto::Phase> entering = std::nullopt);
   bool peer_left(std::uint32_t rank, bool wait) const;
-  void check_departures(proto::Phase phase, std::int64_t epoch);
+  common::Status departure(proto::Phase phase, std::int64_t epoch) const;
   void drain(double most_s);
   std::uint64_t calls_done();
   bool left_behind();
@@ -149,6 +172,7 @@ class Group {
   kernels::Waiting waiting_for(const Call& call, proto::Phase phase);
   template <typename Call, typename Until>
   void run(Call& call, proto::Phase phase, const Until& until);
+  void run_in_turn(const StartedCall& call, const std::function<bool()>& until);
   bool step_background();
   void stand_in(bool caller_waits);
   void drop_started();
@@ -159,6 +183,13 @@ class Group {
   void check_patience(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting, double idle_s,
                       bool* warned);
   common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
+  void open_device_state();
+  void close_device();
+  std::shared_ptr<kernels::Plan> new_device_plan(const DispatchRequest& request) const;
+  std::uint64_t start_device_dispatch(const DispatchRequest& request, const Prepared& prepared);
+  std::uint64_t start_device_combine(const CombineRequest& request, const kernels::CombineArgs& args);
+  std::shared_ptr<StartedCall> pending_call(std::uint64_t ticket);
+  void watch_device_calls();
   std::vector<std::uint32_t> neighbours() const;
   std::uint64_t floor_bytes(proto::Phase phase, const kernels::Plan& plan, proto::DType dtype) const;
   kernels::CallContext context();
@@ -183,6 +214,10 @@ class Group {
   std::unique_ptr<transport::Pump> pump_;
   std::unique_ptr<Driver> driver_;
   std::function<void()> interrupt_check_;
+
+  std::shared_ptr<kernels::Device> device_;
+  std::vector<std::byte*> device_regions_;  // that the device has mapped
+  std::unique_ptr<kernels::device::State> device_state_;
 
   std::optional<kernels::cpu::DispatchCall> dispatch_;
   DispatchRequest dispatch_request_;

@@ -71,8 +71,8 @@ PostResult Network::post(std::uint32_t rank, std::uint32_t nic, const WriteReque
   if (write.target_rank >= config_.num_ranks || write.target_rank == rank) {
     throw Violation("a write towards node " + std::to_string(request.peer_node));
   }
-  if (request.local_offset + request.bytes > regions_[rank].size() ||
-      request.remote_offset + request.bytes > regions_[write.target_rank].size()) {
+  if (request.local_offset + request.bytes > regions_[rank].bytes ||
+      request.remote_offset + request.bytes > regions_[write.target_rank].bytes) {
     throw Violation("a write outside its registrations");
   }
   if (request.imm == 0 || !request.with_imm) throw Violation("a write without an immediate");
@@ -104,8 +104,8 @@ void Network::place(const Event& event) {
     return;
   }
   if (event.bytes > 0) {
-    std::memcpy(regions_[write.target_rank].data() + write.request.remote_offset + event.offset,
-                regions_[write.source_rank].data() + write.request.local_offset + event.offset, event.bytes);
+    std::memcpy(regions_[write.target_rank].at(write.request.remote_offset) + event.offset,
+                regions_[write.source_rank].at(write.request.local_offset) + event.offset, event.bytes);
     observer_.piece_placed(write, event.offset);
   }
   if (!event.late && --write.before_imm == 0) {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "proto/region_memory.h"
 #include "proto/topology.h"
 #include "simulator/profile.h"
 #include "simulator/rng.h"
@@ -55,7 +56,7 @@ class Network {
  public:
   Network(const Profile& profile, const NetworkConfig& config, NetworkObserver& observer);
 
-  void attach(std::uint32_t rank, std::span<std::byte> region) { regions_[rank] = region; }
+  void attach(std::uint32_t rank, const proto::RegionMemory& region) { regions_[rank] = region; }
   transport::PostResult post(std::uint32_t rank, std::uint32_t nic, const transport::WriteRequest& request);
   std::size_t poll(std::uint32_t rank, std::uint32_t nic, std::span<transport::RailEvent> events);
 
@@ -109,7 +110,7 @@ class Network {
   NetworkConfig config_;
   NetworkObserver& observer_;
   Rng delay_, duplicate_, again_, poll_, fault_, tie_;
-  std::vector<std::span<std::byte>> regions_;
+  std::vector<proto::RegionMemory> regions_;
   std::vector<Endpoint> endpoints_;
   std::vector<bool> dead_;
   std::vector<bool> slow_links_;  // [source * ranks + target]

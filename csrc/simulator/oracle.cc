@@ -34,7 +34,7 @@ std::string join(const Parts&... parts) {
 
 }  // namespace
 
-Oracle::Oracle(const Workload& world, const Profile& profile, std::vector<std::span<std::byte>> regions, Trace& trace)
+Oracle::Oracle(const Workload& world, const Profile& profile, std::vector<proto::RegionMemory> regions, Trace& trace)
     : world_(world),
       regions_(std::move(regions)),
       trace_(trace),
@@ -51,7 +51,7 @@ Oracle::Oracle(const Workload& world, const Profile& profile, std::vector<std::s
 
 std::uint64_t Oracle::word(std::uint32_t rank, std::uint64_t offset) const {
   std::uint64_t value;
-  std::memcpy(&value, regions_[rank].data() + offset, sizeof(value));
+  std::memcpy(&value, regions_[rank].at(offset), sizeof(value));
   return value;
 }
 
@@ -74,7 +74,7 @@ std::uint64_t Oracle::released(std::uint32_t target, Phase phase, std::uint32_t 
 }
 
 void Oracle::poison(std::uint32_t rank, std::uint64_t offset, std::uint64_t bytes) {
-  std::memset(regions_[rank].data() + offset, kPoison, bytes);
+  std::memset(regions_[rank].at(offset), kPoison, bytes);
 }
 
 std::uint64_t Oracle::grown(std::uint32_t rank, std::uint64_t offset, std::uint64_t value, const char* name) {
@@ -122,7 +122,7 @@ void Oracle::chunk_posted(const SimWrite& write, Phase phase, const Imm& imm) {
   Records& ring = chunks(source, phase, to);
   std::uint64_t seq = ring.size(), slots = world_.layout.slots;
   proto::ChunkHeader header;
-  std::memcpy(&header, regions_[source].data() + write.request.local_offset, sizeof(header));
+  std::memcpy(&header, regions_[source].at(write.request.local_offset), sizeof(header));
   trace_.add(source,
              phase == Phase::kDispatch ? "posts dispatch chunk to rank, seq, epoch"
                                        : "posts combine chunk to rank, seq, epoch",
@@ -157,7 +157,7 @@ void Oracle::chunk_posted(const SimWrite& write, Phase phase, const Imm& imm) {
   }
   writes_[write.number] = {&ring, seq};
   ring.push_back({write.number, header.epoch,
-                  checksum_of(regions_[source].data() + write.request.local_offset, write.request.bytes),
+                  checksum_of(regions_[source].at(write.request.local_offset), write.request.bytes),
                   write.request.bytes});
 }
 
@@ -182,7 +182,7 @@ void Oracle::counts_posted(const SimWrite& write, Phase phase) {
   }
   writes_[write.number] = {&sent, epoch};
   sent.push_back({write.number, epoch,
-                  checksum_of(regions_[source].data() + write.request.local_offset, write.request.bytes),
+                  checksum_of(regions_[source].at(write.request.local_offset), write.request.bytes),
                   write.request.bytes});
 }
 
@@ -194,7 +194,7 @@ Oracle::Record* Oracle::record_of(const SimWrite& write) {
 void Oracle::piece_placed(const SimWrite& write, std::uint64_t offset) {
   if (forged_write_ != static_cast<std::int64_t>(write.number) || offset != 0) return;
   // The same low bits: only the engine's knowledge of the live epochs can tell.
-  std::byte* to = regions_[write.target_rank].data() + write.request.remote_offset;
+  std::byte* to = regions_[write.target_rank].at(write.request.remote_offset);
   proto::ChunkHeader header;
   std::memcpy(&header, to, sizeof(header));
   std::uint64_t epoch = record_of(write)->epoch;
@@ -223,7 +223,7 @@ void Oracle::completion_polled(const SimWrite& write) {
   Record* record = record_of(write);
   if (record == nullptr) return;
   record->completed = true;
-  if (checksum_of(regions_[write.source_rank].data() + write.request.local_offset, record->bytes) != record->checksum) {
+  if (checksum_of(regions_[write.source_rank].at(write.request.local_offset), record->bytes) != record->checksum) {
     fail(join("I11: the source of write ", write.number, " of rank ", write.source_rank, " to rank ", write.target_rank,
               " (epoch ", record->epoch, ") changed before its completion"));
   }
@@ -255,7 +255,7 @@ void Oracle::check_arrived(std::uint32_t rank, Phase phase, std::uint32_t source
       fail(join("I1: rank ", rank, " flags ", proto::phase_name(phase), " chunk ", seq, " of rank ", source,
                 " as arrived before its event"));
     }
-    const std::byte* bytes = regions_[rank].data() + layout.ring_slot(phase, source_node, seq);
+    const std::byte* bytes = regions_[rank].at(layout.ring_slot(phase, source_node, seq));
     proto::ChunkHeader header;
     std::memcpy(&header, bytes, sizeof(header));
     if (header.epoch != ring[seq].epoch) {
@@ -273,7 +273,7 @@ void Oracle::check_arrived(std::uint32_t rank, Phase phase, std::uint32_t source
     const Records& sent = counts(source, phase, node(rank));
     std::uint64_t epoch = value - 1;
     if (epoch % 2 != parity || epoch >= sent.size() || !sent[epoch].imm_polled ||
-        checksum_of(regions_[rank].data() + layout.counts(phase, source_node, epoch), sent[epoch].bytes) !=
+        checksum_of(regions_[rank].at(layout.counts(phase, source_node, epoch)), sent[epoch].bytes) !=
             sent[epoch].checksum) {
       fail(join("I1: rank ", rank, " flags ", proto::phase_name(phase), " counts of rank ", source, ", epoch ", epoch,
                 " before they arrived"));

@@ -5,12 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <string>
 #include <vector>
 
 #include "proto/imm.h"
 #include "proto/region.h"
+#include "proto/region_memory.h"
 #include "simulator/network.h"
 #include "simulator/trace.h"
 #include "simulator/workload.h"
@@ -19,7 +19,7 @@ namespace moe_efa::simulator {
 
 class Oracle final : public NetworkObserver {
  public:
-  Oracle(const Workload& world, const Profile& profile, std::vector<std::span<std::byte>> regions, Trace& trace);
+  Oracle(const Workload& world, const Profile& profile, std::vector<proto::RegionMemory> regions, Trace& trace);
 
   // --- what the network does
   void posted(const SimWrite& write) override;
@@ -72,7 +72,7 @@ class Oracle final : public NetworkObserver {
   std::uint64_t grown(std::uint32_t rank, std::uint64_t offset, std::uint64_t value, const char* name);
 
   const Workload& world_;
-  std::vector<std::span<std::byte>> regions_;
+  std::vector<proto::RegionMemory> regions_;
   Trace& trace_;
   std::vector<proto::RegionLayout> layouts_;                                    // by node
   std::vector<Records> chunks_[proto::kNumPhases], counts_[proto::kNumPhases];  // [source * nodes + target node]

@@ -27,6 +27,7 @@ enum class Stream : std::uint64_t {
   kFp8,
   kStatic,
   kAhead,
+  kMemory,
 };
 
 class Rng {

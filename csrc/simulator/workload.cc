@@ -136,6 +136,8 @@ Workload make_workload(std::uint64_t seed, std::uint32_t num_ranks) {
   Rng ahead(seed, Stream::kAhead);
   if (ahead.chance(0.5)) world.calls_ahead = ahead.between(2, 6);
 
+  world.slots_apart = Rng(seed, Stream::kMemory).chance(0.5);
+
   Rng script(seed, Stream::kScript);
   auto pick = [&](DType widest) { return widest == DType::kFp32 && script.chance(0.6) ? DType::kFp32 : DType::kBf16; };
   for (std::uint32_t i = 0; i < calls; ++i) {

@@ -39,6 +39,7 @@ struct Workload {
   std::vector<std::vector<Routing>> routings;         // [plan][rank]
   std::vector<std::vector<std::int64_t>> capacities;  // [plan][rank] of static mode; [plan] is empty for an exact plan
   bool own_alignments = false;                        // every rank pads its output in its own way
+  bool slots_apart = false;                           // from words and counts: in memory of their own, as a GPU's
   std::uint32_t calls_ahead = 1;  // most calls that are started and not done, as of halves and waves
   std::vector<double> pace;       // [rank]: how often the scheduler picks it
   double event_share = 0.5;       // of the turns that let the network move

@@ -63,15 +63,17 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
       trace_(trace_lines),
       reference_(work_),
       schedule_(seed, Stream::kSchedule) {
-  std::uint64_t bytes = proto::RegionLayout(work_.layout, 0).total_bytes();
-  std::uint64_t flag_bytes = proto::RegionLayout(work_.layout, 0).flag_bytes();
+  const proto::RegionLayout layout(work_.layout, 0);
   for (std::uint32_t rank = 0; rank < work_.num_ranks; ++rank) {
-    memory_.emplace_back(bytes + kAlign, std::byte{0xEE});
-    auto address = reinterpret_cast<std::uintptr_t>(memory_.back().data());
-    std::byte* base = memory_.back().data() + (kAlign - address % kAlign) % kAlign;
-    std::memset(base, 0, flag_bytes);
-    regions_.emplace_back(base, bytes);
-    region_pointers_.push_back(base);
+    proto::RegionMemory memory;
+    memory.bytes = layout.total_bytes();
+    memory.slots_begin = layout.slots_begin();
+    memory.region = allocate(work_.slots_apart ? memory.slots_begin : memory.bytes);
+    if (work_.slots_apart) memory.slots = allocate(memory.bytes - memory.slots_begin);
+    std::memset(memory.region, 0, layout.flag_bytes());
+    regions_.push_back(memory);
+    region_pointers_.push_back(memory.region);
+    slot_bases_.push_back(memory.slot_base());
   }
   oracle_ = std::make_unique<Oracle>(work_, profile_, regions_, trace_);
   NetworkConfig config;
@@ -87,11 +89,12 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     auto& rank = *ranks_.emplace_back(std::make_unique<RankWorld>());
     rank.topology = {work_.num_ranks, work_.node_size, r};
     std::uint32_t node = rank.topology.node();
-    rank.view = {rank.topology, proto::RegionLayout(work_.layout, node),
-                 region_pointers_.data() + std::size_t{node} * work_.node_size};
+    std::size_t first_mate = std::size_t{node} * work_.node_size;
+    rank.view = {rank.topology, proto::RegionLayout(work_.layout, node), region_pointers_.data() + first_mate,
+                 work_.slots_apart ? slot_bases_.data() + first_mate : nullptr};
     network_->attach(r, regions_[r]);
-    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{rank.topology, work_.layout, work_.num_nics,
-                                                                        work_.max_writes_per_nic, regions_[r].data()});
+    rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{
+        rank.topology, work_.layout, work_.num_nics, work_.max_writes_per_nic, rank.view.own(), rank.view.own_slots()});
     std::vector<transport::Rail*> rails;
     for (std::uint32_t nic = 0; nic < work_.num_nics; ++nic) {
       rails.push_back(rank.rails.emplace_back(std::make_unique<SrdRail>(*network_, r, nic)).get());
@@ -114,6 +117,12 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     // Early as often as late.
     death_turn_ = static_cast<std::uint64_t>(std::exp(fault.uniform() * std::log(2000.0 * work_.num_ranks)));
   }
+}
+
+// Bytes that nobody has written yet, in an allocation of their own.
+std::byte* World::allocate(std::uint64_t bytes) {
+  std::byte* memory = memory_.emplace_back(bytes + kAlign, std::byte{0xEE}).data();
+  return memory + (kAlign - reinterpret_cast<std::uintptr_t>(memory) % kAlign) % kAlign;
 }
 
 std::uint64_t World::epochs() const {

@@ -12,6 +12,7 @@
 #include "engine/engine.h"
 #include "kernels/cpu/combine_call.h"
 #include "kernels/cpu/dispatch_call.h"
+#include "proto/region_memory.h"
 #include "simulator/network.h"
 #include "simulator/oracle.h"
 #include "simulator/reference.h"
@@ -43,6 +44,7 @@ class World {
   struct Running;
   struct RankWorld;
 
+  std::byte* allocate(std::uint64_t bytes);
   bool turn();  // true when anything moved
   bool pump_step(std::uint32_t rank);
   bool caller_step(std::uint32_t rank);
@@ -64,8 +66,8 @@ class World {
   Trace trace_;
   Reference reference_;
   std::vector<std::vector<std::byte>> memory_;
-  std::vector<std::span<std::byte>> regions_;
-  std::vector<std::byte*> region_pointers_;
+  std::vector<proto::RegionMemory> regions_;
+  std::vector<std::byte*> region_pointers_, slot_bases_;
   std::unique_ptr<Oracle> oracle_;
   std::unique_ptr<Network> network_;
   std::vector<std::unique_ptr<RankWorld>> ranks_;

@@ -30,9 +30,10 @@ THREAD_FOLDER = ROOT / "build" / "thread-tests"
 THREAD_SANITIZER = ["-fsanitize=thread"]
 # Everything that runs where ranks are threads, built without libfabric.
 THREAD_LIBRARY = re.compile(
-    r"csrc/(engine|kernels/cpu|kernels/cuda|transport|runtime)/|csrc/simulator/(workload|reference)"
+    r"csrc/(engine|kernels/(cpu|cuda|device)|transport|runtime)/|csrc/simulator/(workload|reference)"
 )
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
+EMULATED_DEVICE = HERE.relative_to(ROOT) / "device" / "emulated_device.cc"
 # A libfabric 2.x that a Python package carries; the one of the system is what the loader finds by itself.
 LIBFABRIC_2 = Path(sysconfig.get_path("data")) / "lib" / "mpich" / "libfabric.so.1"
 LEAK_OPTIONS = f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0"
@@ -110,6 +111,7 @@ def native_tests(tools: None, build: ModuleType) -> NativeTests:
 def thread_tests(tools: None, build: ModuleType) -> NativeTests:
     """What the tests of threads need, with a thread sanitizer."""
     library = [path for path in build.source_files(bindings=False) if THREAD_LIBRARY.match(path.as_posix())]
+    library.append(EMULATED_DEVICE)
     return NativeTests(build, THREAD_FOLDER, THREAD_SANITIZER, library, THREAD_SOURCES)
 
 

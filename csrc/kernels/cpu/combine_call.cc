@@ -172,9 +172,9 @@ bool CombineCall::step_publish() {
   context_.executor.run(items.size(), [&](std::size_t i) {
     const Item& item = items[i];
     std::uint64_t seq = publish_base_[ring_index(item.local, item.node)] + item.chunk;
-    publish_chunk(
-        {&args_, item.local, item.node, item.chunk, view.own() + view.layout.publish_slot(item.local, item.node, seq)},
-        view);
+    publish_chunk({&args_, item.local, item.node, item.chunk,
+                   view.own_slots() + view.layout.publish_slot(item.local, item.node, seq)},
+                  view);
   });
   for (const Item& item : items) {
     // Publishes the slot to the forwarder.
@@ -235,7 +235,7 @@ bool CombineCall::step_forward() {
     }
     std::uint64_t offset = item.node == own_node ? view.layout.ring_slot(kPhase, own_node, item.seq)
                                                  : view.layout.send_slot(kPhase, item.node, item.seq);
-    item.bytes = forward_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own() + offset}, view);
+    item.bytes = forward_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own_slots() + offset}, view);
   });
   for (const Item& item : items) {
     if (nodes == 1) {
@@ -262,7 +262,7 @@ void CombineCall::check_chunk(std::uint32_t node, std::uint32_t chunk) {
   const RingFacts& facts = args_.plan->send[node].facts;
   std::uint64_t seq = receive_base_[node] + chunk;
   proto::ChunkHeader header;
-  std::memcpy(&header, view.own() + view.layout.ring_slot(kPhase, node, seq), sizeof(header));
+  std::memcpy(&header, view.own_slots() + view.layout.ring_slot(kPhase, node, seq), sizeof(header));
   if (header.seq == seq && header.epoch == own_.epoch && header.plan_id == own_.plan_id &&
       header.first_row == facts.first_row(chunk) && header.rows == facts.rows_in(chunk) &&
       header.dtype == static_cast<std::uint32_t>(own_.dtype) &&

@@ -30,8 +30,6 @@ DispatchCall::DispatchCall(const CallContext& context, const DispatchArgs& args)
   std::size_t num_rings = std::size_t{config.node_size} * config.num_nodes;
   next_chunk_.assign(config.num_nodes, 0);
   rings_.resize(num_rings);
-  expert_counts_.assign(num_rings * config.experts_per_rank, 0);
-  expert_base_.assign(num_rings * config.experts_per_rank, 0);
   RankState& state = context_.state;
   own_.phase = kPhase;
   own_.epoch = state.epoch[0]++;
@@ -43,9 +41,9 @@ DispatchCall::DispatchCall(const CallContext& context, const DispatchArgs& args)
     own_.flags = proto::kFlagStatic;
     own_.capacity = static_cast<std::uint32_t>(args_.plan->capacity);
     own_.expert_alignment = args_.plan->expert_alignment;
-    static_sizes_.emplace(context_.view);
   }
   own_.dtype = args_.wire_dtype;
+  announced_.emplace(context_, own_, *args_.plan);
   first_seq_ = state.dispatch_sent;
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
     state.dispatch_sent[node] += args_.plan->send[node].facts.num_chunks;
@@ -54,13 +52,6 @@ DispatchCall::DispatchCall(const CallContext& context, const DispatchArgs& args)
 
 std::size_t DispatchCall::ring_index(std::uint32_t local, std::uint32_t node) const {
   return std::size_t{local} * context_.view.topology.num_nodes() + node;
-}
-
-void DispatchCall::reject(std::uint32_t rank, const char* what) const {
-  std::ostringstream text;
-  text << "counts of rank " << rank << " in dispatch, epoch " << own_.epoch << ": " << what;
-  throw common::StatusError({common::StatusCode::kProtocol, static_cast<int>(rank), static_cast<int>(kPhase),
-                             static_cast<std::int64_t>(own_.epoch), -1, text.str()});
 }
 
 bool DispatchCall::step() {
@@ -130,7 +121,7 @@ bool DispatchCall::step_pack() {
     Item& item = items[i];
     std::uint64_t offset = item.node == own_node ? view.layout.ring_slot(kPhase, own_node, item.seq)
                                                  : view.layout.send_slot(kPhase, item.node, item.seq);
-    item.bytes = pack_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own() + offset}, view);
+    item.bytes = pack_chunk({&args_, item.node, item.chunk, item.seq, own_.epoch, view.own_slots() + offset}, view);
   });
   bool published = false;
   for (const Item& item : items) {
@@ -155,112 +146,36 @@ bool DispatchCall::step_pack() {
 
 bool DispatchCall::step_counts() {
   if (sizes_known_) return false;
-  const proto::NodeView& view = context_.view;
-  const proto::LayoutConfig& config = view.layout.config();
-  bool moved = false, all = true;
-  for (std::uint32_t local = 0; local < config.node_size; ++local) {
-    for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
-      Ring& ring = rings_[ring_index(local, node)];
-      if (ring.announced) continue;
-      proto::CountsRecord record;
-      if (!read_announcement(context_, own_, local, node, &record)) {
-        all = false;
-        continue;
-      }
-      moved = true;
-      std::uint32_t source = view.topology.rank_of(node, local);
-      ring.announced = true;
-      ring.first_seq = record.first_seq;
-      ring.facts = {record.rows, record.rows_per_chunk, record.num_chunks};
-      ring.wire_dtype = static_cast<proto::DType>(record.dtype);
-      ring.pulled.assign(record.num_chunks, false);
-      std::uint64_t& seen = context_.state.dispatch_seen[ring_index(local, node)];
-      if (record.first_seq != seen) reject(source, "its ring position differs from what was received");
-      seen += record.num_chunks;
-      if (replay_) {
-        if (ring.facts != args_.plan->rings[ring_index(local, node)]) reject(source, "rows differ from the plan's");
-        continue;
-      }
-      std::uint32_t experts = config.experts_per_rank * config.node_size;
-      std::vector<std::uint32_t> counts(experts);
-      std::memcpy(counts.data(), view.region(local) + view.layout.counts(kPhase, node, own_.epoch) + sizeof(record),
-                  experts * 4);
-      std::uint64_t total = 0;
-      for (std::uint32_t count : counts) total += count;
-      if (total < record.rows || total > std::uint64_t{record.rows} * config.top_k) {
-        reject(source, "per-expert counts do not add up");
-      }
-      std::copy_n(counts.begin() + view.topology.local_rank() * config.experts_per_rank, config.experts_per_rank,
-                  expert_counts_.begin() + std::size_t{source} * config.experts_per_rank);
-      if (!static_sizes_) continue;
-      if (record.capacity > INT32_MAX || record.expert_alignment == 0) reject(source, "an impossible output");
-      static_sizes_->set_counts(source, counts.data());
-      if (node == view.topology.node()) static_sizes_->set_output(local, record.capacity, record.expert_alignment);
-    }
+  bool moved = announced_->step(context_, own_, *args_.plan);
+  if (!announced_->complete()) return moved;
+  sizes_known_ = true;
+  for (std::size_t i = 0; i < rings_.size(); ++i) {
+    const AnnouncedRing& announced = announced_->rings()[i];
+    rings_[i].first_seq = announced.first_seq;
+    rings_[i].facts = announced.facts;
+    rings_[i].wire_dtype = announced.wire_dtype;
+    rings_[i].pulled.assign(announced.facts.num_chunks, false);
   }
-  if (!all) {
-    if (!moved) check_other_phase(context_, own_);
-    return moved;
-  }
-  finish_sizes();
+  if (!replay_) make_room();
   return true;
 }
 
-void DispatchCall::finish_sizes() {
-  sizes_known_ = true;
-  if (replay_) return;
-  const proto::LayoutConfig& config = context_.view.layout.config();
+// For what pulls will fill in.
+void DispatchCall::make_room() {
+  const proto::Topology& topology = context_.view.topology;
   Plan& plan = *args_.plan;
-  std::uint32_t num_ranks = context_.view.topology.num_ranks;
-  plan.tokens_per_expert.assign(config.experts_per_rank, 0);
-  plan.offsets.assign(config.experts_per_rank + 1, 0);
-  for (std::uint32_t expert = 0; expert < config.experts_per_rank; ++expert) {
-    // Expert, then source rank, then source token: nothing here depends on arrival (I3).
-    std::int64_t row = plan.offsets[expert];
-    for (std::uint32_t source = 0; source < num_ranks; ++source) {
-      expert_base_[std::size_t{source} * config.experts_per_rank + expert] = row;
-      row += expert_counts_[std::size_t{source} * config.experts_per_rank + expert];
-    }
-    plan.tokens_per_expert[expert] = row - plan.offsets[expert];
-    plan.offsets[expert + 1] =
-        plan.offsets[expert] + common::round_up<std::int64_t>(plan.tokens_per_expert[expert], plan.expert_alignment);
-  }
-  if (static_sizes_) fit_capacity();
-  if (plan.offsets.back() > INT32_MAX) {
-    throw common::StatusError({common::StatusCode::kInternal, -1, 0, static_cast<std::int64_t>(own_.epoch), -1,
-                               "more than 2^31 rows for one rank"});
-  }
-  plan.rings.clear();
+  announced_->size_plan(context_, own_, plan);
   plan.pulls.resize(rings_.size());
-  plan.mask_bytes = common::ceil_div(config.node_size, 8u);
-  plan.masks.resize(config.num_nodes);
-  for (std::size_t i = 0; i < rings_.size(); ++i) {
-    plan.rings.push_back(rings_[i].facts);
-    plan.pulls[i].resize(rings_[i].facts.num_chunks);
+  for (std::size_t i = 0; i < rings_.size(); ++i) plan.pulls[i].resize(plan.rings[i].num_chunks);
+  const RingFacts* forwarded = &plan.rings[ring_index(topology.local_rank(), 0)];  // [node]
+  const StaticSizes* sizes = announced_->static_sizes();
+  bool lost = sizes != nullptr && sizes->any_lost();
+  plan.masks.resize(topology.num_nodes());
+  if (lost) plan.chunk_overflow.resize(topology.num_nodes());
+  for (std::uint32_t node = 0; node < topology.num_nodes(); ++node) {
+    plan.masks[node].assign(std::size_t{forwarded[node].rows} * plan.mask_bytes, 0);
+    if (lost) plan.chunk_overflow[node].assign(forwarded[node].num_chunks, 0);
   }
-  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
-    plan.masks[node].assign(
-        std::size_t{rings_[ring_index(context_.view.topology.local_rank(), node)].facts.rows} * plan.mask_bytes, 0);
-  }
-  if (!static_sizes_ || !static_sizes_->any_lost()) return;
-  plan.chunk_overflow.resize(config.num_nodes);
-  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
-    plan.chunk_overflow[node].assign(rings_[ring_index(context_.view.topology.local_rank(), node)].facts.num_chunks, 0);
-  }
-}
-
-// Places stay what they are; those that the output does not have are cut off, whosever they are.
-void DispatchCall::fit_capacity() {
-  static_sizes_->finish();
-  Plan& plan = *args_.plan;
-  std::int64_t usable = plan.usable_rows();
-  if (plan.offsets.back() > usable) plan.raise_overflow(static_cast<std::uint64_t>(plan.offsets.back()));
-  for (std::size_t expert = 0; expert < plan.tokens_per_expert.size(); ++expert) {
-    std::int64_t end = std::min(plan.offsets[expert] + plan.tokens_per_expert[expert], usable);
-    plan.offsets[expert] = std::min(plan.offsets[expert], usable);
-    plan.tokens_per_expert[expert] = end - plan.offsets[expert];
-  }
-  plan.offsets.back() = std::min(plan.offsets.back(), usable);
 }
 
 void DispatchCall::set_output(const DispatchOutput& output) {
@@ -326,11 +241,11 @@ bool DispatchCall::step_pull() {
     std::uint64_t seq = ring.first_seq + item.chunk;
     std::size_t source =
         std::size_t{view.topology.rank_of(item.node, item.local)} * view.layout.config().experts_per_rank;
-    pull_chunk(
-        {args_.plan.get(), &output_, args_.out_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
-         own_.epoch, replay_, view.region(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
-         expert_counts_.data() + source, expert_base_.data() + source, static_sizes_ ? &*static_sizes_ : nullptr},
-        view);
+    pull_chunk({args_.plan.get(), &output_, args_.out_dtype, ring.wire_dtype, item.local, item.node, item.chunk, seq,
+                own_.epoch, replay_, view.slots(item.local) + view.layout.ring_slot(kPhase, item.node, seq),
+                announced_->expert_counts().data() + source, announced_->expert_base().data() + source,
+                announced_->static_sizes()},
+               view);
   });
   for (const Item& item : items) release(item);
   for (std::uint32_t local = 0; local < mates; ++local) {

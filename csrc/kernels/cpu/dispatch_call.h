@@ -6,8 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/cpu/announce.h"
-#include "kernels/cpu/static_sizes.h"
+#include "kernels/cpu/announced_rings.h"
 #include "kernels/launch.h"
 
 namespace moe_efa::kernels::cpu {
@@ -30,7 +29,6 @@ class DispatchCall {
  private:
   // One ring that this rank reads: of source (node, local), in the region of mate `local`.
   struct Ring {
-    bool announced = false;
     std::uint64_t first_seq = 0;
     RingFacts facts;
     std::uint32_t head = 0;  // chunks below are pulled
@@ -42,12 +40,10 @@ class DispatchCall {
   bool step_pack();
   bool step_counts();
   bool step_pull();
-  void finish_sizes();
-  void fit_capacity();
+  void make_room();
   void finish();
   bool slot_is_free(std::uint32_t node, std::uint64_t seq) const;
   std::size_t ring_index(std::uint32_t local, std::uint32_t node) const;
-  [[noreturn]] void reject(std::uint32_t rank, const char* what) const;
 
   CallContext context_;
   DispatchArgs args_;
@@ -55,12 +51,10 @@ class DispatchCall {
   bool replay_;
   bool begun_ = false, packed_ = false, sizes_known_ = false, output_set_ = false, done_ = false;
   DispatchOutput output_;
-  std::vector<std::uint64_t> first_seq_;      // [node]
-  std::vector<std::uint32_t> next_chunk_;     // [node]
-  std::vector<Ring> rings_;                   // [local * nodes + node]
-  std::vector<std::uint32_t> expert_counts_;  // [source rank][own expert]
-  std::vector<std::int64_t> expert_base_;     // the same, first output row
-  std::optional<StaticSizes> static_sizes_;   // of a fresh dispatch in static mode
+  std::vector<std::uint64_t> first_seq_;   // [node]
+  std::vector<std::uint32_t> next_chunk_;  // [node]
+  std::vector<Ring> rings_;                // [local * nodes + node]
+  std::optional<AnnouncedRings> announced_;
 };
 
 }  // namespace moe_efa::kernels::cpu

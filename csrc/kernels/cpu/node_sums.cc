@@ -21,7 +21,7 @@ NodeSums::NodeSums(const CombineArgs& combine, const proto::NodeView& view, std:
       own_(combine, config_, std::size_t{own_local_} * config_.num_nodes + source_node, chunk),
       own_row_(row_bytes_) {
   for (std::uint32_t mate = 0; mate < config_.node_size; ++mate) {
-    published_[mate] = view.region(mate) + view.layout.publish_slot(own_local_, source_node, seq);
+    published_[mate] = view.slots(mate) + view.layout.publish_slot(own_local_, source_node, seq);
   }
 }
 

@@ -38,7 +38,7 @@ void reduce_tokens(const ReduceArgs& args, const proto::NodeView& view) {
       if (row == send.row_token.size() || send.row_token[row] != token) continue;
       ++cursor[node];
       std::uint32_t chunk = row / send.facts.rows_per_chunk, within = row - send.facts.first_row(chunk);
-      const std::byte* hidden = view.own() +
+      const std::byte* hidden = view.own_slots() +
                                 view.layout.ring_slot(proto::Phase::kCombine, node, args.first_seq[node] + chunk) +
                                 sizeof(proto::ChunkHeader);
       rows[count++] = hidden + within * row_bytes;

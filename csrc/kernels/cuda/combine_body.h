@@ -160,7 +160,7 @@ MOE_EFA_DEVICE void publish_body(Block& block, const CombineArgs& args, std::uin
     if (shared.tickets.go == 0) break;
     std::uint32_t index = shared.ring, chunk = shared.chunk, local = index / nodes, node = index % nodes;
     std::uint64_t seq = args.publish_seq[index] + chunk;
-    publish_rows(block, args, index, chunk, view.own() + layout.publish_slot(local, node, seq), shared);
+    publish_rows(block, args, index, chunk, view.own_slots() + layout.publish_slot(local, node, seq), shared);
     block.sync();
     if (block.thread() == 0) {
       const RingView& ring = args.plan.rings[index];
@@ -253,7 +253,7 @@ MOE_EFA_DEVICE void forward_rows(Block& block, const CombineArgs& args, std::uin
       std::uint64_t below = mask & ((std::uint64_t{1} << mate) - 1);
       std::uint32_t at =
           count_bits(static_cast<std::uint32_t>(below)) + count_bits(static_cast<std::uint32_t>(below >> 32));
-      const std::byte* published = view.region(mate) + published_at + row * publish_bytes;
+      const std::byte* published = view.slots(mate) + published_at + row * publish_bytes;
       terms[at] = {mate == local ? nullptr : published, 1.0f};
     }
     block.sync_warp();
@@ -288,7 +288,7 @@ MOE_EFA_DEVICE void forward_rows(Block& block, const CombineArgs& args, std::uin
       float total = 0.0f;  // each position has one owner; the others hold zeros
       for (std::uint64_t left = mask; left != 0; left &= left - 1) {
         std::uint32_t mate = lowest_bit(left);
-        const auto* part = reinterpret_cast<const float*>(view.region(mate) + published_at + num_rows * publish_bytes) +
+        const auto* part = reinterpret_cast<const float*>(view.slots(mate) + published_at + num_rows * publish_bytes) +
                            std::size_t{row} * config.top_k;
         total = add(total, mate == local ? own_grad(args, own, k) : part[k]);
       }
@@ -332,7 +332,7 @@ MOE_EFA_DEVICE void forward_body(Block& block, const CombineArgs& args, std::uin
     std::uint64_t seq = first_seq[node] + chunk;
     std::byte* slot = nullptr;  // the only node: its sums are the results
     if (nodes > 1) {
-      slot = view.own() +
+      slot = view.own_slots() +
              (node == own_node ? layout.ring_slot(kCombine, node, seq) : layout.send_slot(kCombine, node, seq));
     }
     if (slot != nullptr && block.thread() == 0) {
@@ -409,7 +409,7 @@ MOE_EFA_DEVICE bool await_chunk(Block& block, const CombineArgs& args, const Wat
     return false;
   }
   const auto& header =
-      *reinterpret_cast<const proto::ChunkHeader*>(view.own() + view.layout.ring_slot(kCombine, node, seq));
+      *reinterpret_cast<const proto::ChunkHeader*>(view.own_slots() + view.layout.ring_slot(kCombine, node, seq));
   auto refuse = [&](What what, std::uint64_t expected, std::uint64_t got) {
     report(block, watch, fault_of(args, what, peer, seq, expected, got));
     return false;
@@ -450,7 +450,7 @@ MOE_EFA_DEVICE bool reduce_token(Block& block, const CombineArgs& args, const Wa
     if (has) {
       const SendView& send = args.plan.send[node];
       std::uint32_t chunk = row / send.facts.rows_per_chunk;
-      const std::byte* slot = view.own() + view.layout.ring_slot(kCombine, node, args.receive_seq[node] + chunk);
+      const std::byte* slot = view.own_slots() + view.layout.ring_slot(kCombine, node, args.receive_seq[node] + chunk);
       std::uint64_t at = sizeof(proto::ChunkHeader) + (row - send.facts.first_row(chunk)) * row_bytes;
       terms[count + count_bits(all & ((1u << lane) - 1))] = {slot + at, 1.0f};
     }
@@ -485,7 +485,7 @@ MOE_EFA_DEVICE bool reduce_token(Block& block, const CombineArgs& args, const Wa
     std::uint32_t row = find_token(send, token);
     if (row == send.facts.rows) continue;
     std::uint32_t chunk = row / send.facts.rows_per_chunk;
-    const std::byte* slot = view.own() + view.layout.ring_slot(kCombine, node, args.receive_seq[node] + chunk);
+    const std::byte* slot = view.own_slots() + view.layout.ring_slot(kCombine, node, args.receive_seq[node] + chunk);
     const auto* part =
         reinterpret_cast<const float*>(slot + sizeof(proto::ChunkHeader) + send.facts.rows_in(chunk) * row_bytes) +
         std::size_t{row - send.facts.first_row(chunk)} * config.top_k;

@@ -144,7 +144,7 @@ MOE_EFA_DEVICE void pack_body(Block& block, const PackArgs& args, std::uint32_t 
     if (shared.go == 0) break;
     std::uint64_t offset = part.node == own_node ? view.layout.ring_slot(proto::Phase::kDispatch, own_node, seq)
                                                  : view.layout.send_slot(proto::Phase::kDispatch, part.node, seq);
-    pack_rows(block, args, part, view.own() + offset, seq);
+    pack_rows(block, args, part, view.own_slots() + offset, seq);
     block.sync();
     if (block.thread() == 0) {
       std::uint32_t* arrivals = args.arrivals + std::size_t{part.node} * args.plan.send_chunks + part.chunk;

@@ -264,7 +264,7 @@ MOE_EFA_DEVICE bool pull_chunk(Block& block, const PullArgs& args, PullPart part
   std::uint32_t hidden_size = view.layout.config().hidden_size;
   const RingView& ring = args.plan.rings[part.ring];
   part.seq = args.rings[part.ring].first_seq + part.chunk;
-  part.slot = view.region(part.local) + view.layout.ring_slot(proto::Phase::kDispatch, part.node, part.seq);
+  part.slot = view.slots(part.local) + view.layout.ring_slot(proto::Phase::kDispatch, part.node, part.seq);
   if (warp_of(block) == 0) {
     bool good = false;
     if (lane_of(block) == 0) {

@@ -2,6 +2,7 @@
 // in posting order, each once. It reads no chunk and knows no slot but its word.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -13,15 +14,19 @@ namespace moe_efa::kernels::cuda {
 
 class ReadyQueue {
  public:
-  ReadyQueue(proto::Phase phase, std::uint32_t num_nodes, std::uint32_t slots)
-      : phase_(phase), slots_(slots), words_(std::size_t{num_nodes} * slots), rings_(num_nodes) {}
+  // `words` [num_nodes * slots] are what the kernels write: host memory, zeros, which keeps its values between calls.
+  ReadyQueue(proto::Phase phase, std::uint32_t num_nodes, std::uint32_t slots, ChunkReady* words)
+      : phase_(phase), slots_(slots), words_(words), rings_(num_nodes) {}
 
-  // What the kernels write; the words keep their values between calls.
-  ChunkReady* words() { return words_.data(); }
+  ChunkReady* words() { return words_; }
 
   // An epoch sends `num_chunks` to a node from `first_seq` on. What went before is done.
   void expect(std::uint32_t node, std::uint64_t epoch, std::uint64_t first_seq, std::uint32_t num_chunks) {
     rings_[node] = {epoch, first_seq, first_seq + num_chunks};
+  }
+
+  bool empty() const {
+    return std::all_of(rings_.begin(), rings_.end(), [](const Ring& ring) { return ring.next == ring.end; });
   }
 
   // Hands on what has become ready. True when something was.
@@ -48,7 +53,7 @@ class ReadyQueue {
 
   proto::Phase phase_;
   std::uint32_t slots_;
-  std::vector<ChunkReady> words_;
+  ChunkReady* words_;
   std::vector<Ring> rings_;
 };
 

@@ -17,6 +17,7 @@
 #include "kernels/cuda/plan_view.h"
 #include "kernels/launch.h"
 #include "kernels/row_math.h"
+#include "proto/region_memory.h"
 
 namespace moe_efa::testing {
 
@@ -106,12 +107,16 @@ struct OneRank {
     config.own_slots = 7;
     config.publish_slots = 7;
     proto::RegionLayout layout(config, node);
+    bool apart = seed % 2 == 1;  // slots in memory of their own, as a GPU's
     for (int i = 0; i < 2; ++i) {
-      memory.emplace_back(layout.total_bytes(), kPoison);
-      std::fill_n(memory.back().data(), layout.flag_bytes(), std::byte{0});
-      regions.push_back(memory.back().data());
+      proto::RegionMemory region{nullptr, nullptr, layout.slots_begin(), layout.total_bytes()};
+      region.region = memory.emplace_back(apart ? region.slots_begin : region.bytes, kPoison).data();
+      if (apart) region.slots = memory.emplace_back(region.bytes - region.slots_begin, kPoison).data();
+      std::fill_n(region.region, layout.flag_bytes(), std::byte{0});
+      regions.push_back(region.region);
+      slot_bases.push_back(region.slot_base());
     }
-    view = {{nodes * 2, 2, node * 2}, layout, regions.data()};
+    view = {{nodes * 2, 2, node * 2}, layout, regions.data(), apart ? slot_bases.data() : nullptr};
     topk = random_routing(tokens, config.top_k, 6 * nodes, routing, seed);
     for (std::size_t i = 0; i < topk.size(); ++i) weights.push_back(static_cast<float>(i % 7) / 8 + 0.1f);
     plan = kernels::cpu::build_send_plan({topk.data(), weights.data(), tokens, 1, 1}, view);
@@ -127,7 +132,7 @@ struct OneRank {
 
   proto::LayoutConfig config;
   std::vector<AlignedBytes> memory;
-  std::vector<std::byte*> regions;
+  std::vector<std::byte*> regions, slot_bases;
   proto::NodeView view;
   std::vector<std::int64_t> topk;
   std::vector<float> weights;
@@ -153,7 +158,8 @@ struct Incoming {
     num_pulls.assign(ranks, 0);
     for (std::uint32_t rank = 0; rank < ranks; ++rank) {
       std::uint32_t from_node = rank / 2, local = rank % 2, ring = local * config.num_nodes + from_node;
-      proto::NodeView view{{ranks, 2, rank}, proto::RegionLayout(config, from_node), one.regions.data()};
+      proto::NodeView view{
+          {ranks, 2, rank}, proto::RegionLayout(config, from_node), one.regions.data(), one.view.slot_bases};
       std::uint32_t tokens = routing == "random" ? 11 * rank : 30;  // rank 0 has none, but of two
       if (ranks == 2) tokens += 15;
       std::vector<std::int64_t> topk = random_routing(tokens, config.top_k, 3 * ranks, routing, seed + rank);
@@ -182,7 +188,7 @@ struct Incoming {
       dispatch.plan = send;
       for (std::uint32_t chunk = 0; chunk < to_us.facts.num_chunks; ++chunk) {
         std::uint64_t seq = first_seq(ring) + chunk;
-        std::byte* slot = one.view.region(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, from_node, seq);
+        std::byte* slot = one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, from_node, seq);
         kernels::cpu::pack_chunk({&dispatch, node, chunk, seq, 5, slot}, view);
         arrive(local, from_node, seq);
       }

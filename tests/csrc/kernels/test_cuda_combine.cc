@@ -92,11 +92,10 @@ struct Combining {
       std::uint32_t source = (node * 2 + local) * one.config.experts_per_rank;
       for (std::uint32_t chunk = 0; chunk < plan->rings[ring].num_chunks; ++chunk) {
         std::uint64_t seq = Incoming::first_seq(ring) + chunk;
-        kernels::cpu::pull_chunk(
-            {plan.get(), &to, DType::kBf16, DType::kBf16, local, node, chunk, seq, 5, false,
-             one.view.region(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
-             incoming.counts.data() + source, incoming.base.data() + source},
-            one.view);
+        kernels::cpu::pull_chunk({plan.get(), &to, DType::kBf16, DType::kBf16, local, node, chunk, seq, 5, false,
+                                  one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
+                                  incoming.counts.data() + source, incoming.base.data() + source},
+                                 one.view);
       }
     }
     plan->complete = true;
@@ -110,7 +109,7 @@ struct Combining {
       const kernels::RingFacts& facts = plan->rings[node];
       for (std::uint32_t chunk = 0; chunk < facts.num_chunks; ++chunk) {
         std::uint32_t rows = facts.rows_in(chunk);
-        std::byte* slot = one.view.region(1) + one.view.layout.publish_slot(0, node, publish_seq[node] + chunk);
+        std::byte* slot = one.view.slots(1) + one.view.layout.publish_slot(0, node, publish_seq[node] + chunk);
         std::vector<std::byte> values = random_rows(rows, c.hidden_size, dtype, seed + 90 + chunk, true);
         std::size_t bytes = values.size() / rows;
         for (std::uint32_t row = 0; row < rows; ++row) {
@@ -141,7 +140,7 @@ struct Combining {
       for (std::uint32_t chunk = 0; chunk < facts.num_chunks; ++chunk) {
         std::uint64_t seq = receive_seq[node] + chunk;
         std::uint32_t rows = facts.rows_in(chunk);
-        std::byte* slot = one.view.own() + one.view.layout.ring_slot(kPhase, node, seq);
+        std::byte* slot = one.view.own_slots() + one.view.layout.ring_slot(kPhase, node, seq);
         proto::ChunkHeader header{};
         header.flags = c.grads ? proto::kFlagWeightGrads : 0;
         header.dtype = static_cast<std::uint32_t>(c.wire);
@@ -202,7 +201,7 @@ struct Combining {
       for (std::uint32_t chunk = 0; chunk < plan->rings[ring].num_chunks; ++chunk) {
         expected.assign(layout.publish_slot_bytes(), kPoison);
         kernels::cpu::publish_chunk({&cpu, 1, node, chunk, expected.data()}, one.view);
-        const std::byte* slot = one.view.own() + layout.publish_slot(1, node, publish_seq[ring] + chunk);
+        const std::byte* slot = one.view.own_slots() + layout.publish_slot(1, node, publish_seq[ring] + chunk);
         CHECK(std::memcmp(slot, expected.data(), expected.size()) == 0);
       }
       std::uint64_t end = plan->rings[ring].num_chunks;
@@ -223,7 +222,7 @@ struct Combining {
         std::uint32_t bytes = kernels::cpu::forward_chunk(forward, one.view);
         bool own = node == one.view.topology.node();
         const std::byte* slot =
-            one.view.own() + (own ? layout.ring_slot(kPhase, node, seq) : layout.send_slot(kPhase, node, seq));
+            one.view.own_slots() + (own ? layout.ring_slot(kPhase, node, seq) : layout.send_slot(kPhase, node, seq));
         CHECK(std::memcmp(slot, expected.data(), expected.size()) == 0);
         const kernels::cuda::ChunkReady& word = ready[node * one.config.slots + seq % one.config.slots];
         CHECK(word.seq_plus_1 == (own ? 0 : seq + 1));
@@ -319,7 +318,7 @@ TEST_CASE("reduce-refuses-a-chunk-of-another-plan") {
   auto owned = std::make_unique<Combining>(CombineCase{"refuse", 40, DType::kBf16, DType::kBf16}, 4);
   Combining& combining = *owned;
   std::uint64_t seq = combining.receive_seq[2], wrong = 4;
-  std::memcpy(combining.one.view.own() + combining.one.view.layout.ring_slot(kPhase, 2, seq) +
+  std::memcpy(combining.one.view.own_slots() + combining.one.view.layout.ring_slot(kPhase, 2, seq) +
                   offsetof(proto::ChunkHeader, plan_id),
               &wrong, sizeof(wrong));
   combining.run({1, 1, 1}, 1);

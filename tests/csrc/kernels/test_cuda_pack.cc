@@ -83,8 +83,9 @@ struct Packing {
         std::uint32_t bytes =
             kernels::cpu::pack_chunk({&dispatch, node, chunk, seq, call.epoch, expected.data()}, one.view);
         bool own = node == one.view.topology.node();
-        const std::byte* slot = one.view.own() + (own ? one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq)
-                                                      : one.view.layout.send_slot(proto::Phase::kDispatch, node, seq));
+        const std::byte* slot =
+            one.view.own_slots() + (own ? one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq)
+                                        : one.view.layout.send_slot(proto::Phase::kDispatch, node, seq));
         CHECK(std::memcmp(slot, expected.data(), expected.size()) == 0);
         if (own) {
           CHECK(*one.view.own_word(one.view.layout.arrived(proto::Phase::kDispatch, node, seq)) == seq + 1);

@@ -89,11 +89,10 @@ struct Pulling {
       std::uint32_t local = ring / 3, node = ring % 3, source = (node * 2 + local) * one.config.experts_per_rank;
       for (std::uint32_t chunk = 0; chunk < plan.rings[ring].num_chunks; ++chunk) {
         std::uint64_t seq = Incoming::first_seq(ring) + chunk;
-        kernels::cpu::pull_chunk(
-            {filled, &to, c.out, c.wire, local, node, chunk, seq, 5, replay,
-             one.view.region(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
-             incoming.counts.data() + source, incoming.base.data() + source},
-            one.view);
+        kernels::cpu::pull_chunk({filled, &to, c.out, c.wire, local, node, chunk, seq, 5, replay,
+                                  one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
+                                  incoming.counts.data() + source, incoming.base.data() + source},
+                                 one.view);
       }
     }
     return out;
@@ -145,7 +144,7 @@ struct Pulling {
 
   // A chunk of ring 4 (rank 3), whose fields tests patch.
   std::byte* slot() {
-    return one.view.region(1) + one.view.layout.ring_slot(proto::Phase::kDispatch, 1, Incoming::first_seq(4));
+    return one.view.slots(1) + one.view.layout.ring_slot(proto::Phase::kDispatch, 1, Incoming::first_seq(4));
   }
 
   PullCase c;

@@ -8,6 +8,7 @@
 
 #include "proto/chunk.h"
 #include "proto/region.h"
+#include "proto/region_memory.h"
 
 using namespace moe_efa::proto;
 
@@ -66,12 +67,15 @@ void check_layout(const LayoutConfig& config) {
   for (std::uint32_t own = 0; own < config.num_nodes; ++own) {
     RegionLayout layout(config, own);
     REQUIRE(layout.total_bytes() == total);  // the same on every rank (I15)
+    REQUIRE(layout.slots_begin() == RegionLayout(config, 0).slots_begin());
     std::vector<Extent> extents = all_extents(layout);
     std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
     for (std::size_t i = 0; i < extents.size(); ++i) {
       REQUIRE(extents[i].end <= total);
       bool word = extents[i].end - extents[i].begin == 8;
       REQUIRE((extents[i].end <= layout.flag_bytes()) == word);
+      bool slot = extents[i].name.find("slot") != std::string::npos;
+      REQUIRE((slot ? extents[i].begin >= layout.slots_begin() : extents[i].end <= layout.slots_begin()));
       REQUIRE(extents[i].begin % (word ? 64 : 128) == 0);  // a word has its line for itself
       if (i > 0) {
         INFO(extents[i - 1].name, " and ", extents[i].name);
@@ -102,6 +106,28 @@ TEST_CASE("region-has-no-overlaps") {
       }
     }
   }
+}
+
+TEST_CASE("slots-may-lie-apart-at-the-same-offsets") {
+  LayoutConfig config;
+  config.num_nodes = 2;
+  config.node_size = 2;
+  RegionLayout layout(config, 0);
+  std::vector<std::byte> words(layout.slots_begin()), slots(layout.total_bytes() - layout.slots_begin());
+  RegionMemory apart{words.data(), slots.data(), layout.slots_begin(), layout.total_bytes()};
+  std::byte* regions[] = {nullptr, words.data()};
+  std::byte* bases[] = {nullptr, apart.slot_base()};
+  NodeView view{{4, 2, 1}, layout, regions, bases};
+  std::uint64_t ring = layout.ring_slot(Phase::kDispatch, 1, 1), counts = layout.counts_send(Phase::kCombine, 1, 1);
+  CHECK(apart.at(ring) == slots.data() + (ring - layout.slots_begin()));
+  CHECK(apart.at(counts) == words.data() + counts);
+  CHECK(view.own_slots() + ring == apart.at(ring));
+  CHECK(view.own() + counts == apart.at(counts));
+  RegionMemory whole{words.data(), nullptr, layout.slots_begin(), layout.total_bytes()};
+  view.slot_bases = nullptr;
+  CHECK(whole.at(ring) == words.data() + ring);
+  CHECK(whole.slot_base() == words.data());
+  CHECK(view.own_slots() == words.data());
 }
 
 TEST_CASE("region-slots-repeat-after-s") {

@@ -10,19 +10,15 @@
 #include <vector>
 
 #include "common/check.h"
+#include "proto/region_memory.h"
 #include "transport/rail.h"
 
 namespace moe_efa::testing {
 
 class InprocFabric {
  public:
-  InprocFabric(std::vector<std::byte*> regions, std::uint64_t region_bytes, std::uint32_t node_size,
-               std::uint32_t num_nics)
-      : regions_(std::move(regions)),
-        region_bytes_(region_bytes),
-        node_size_(node_size),
-        num_nics_(num_nics),
-        ends_(regions_.size() * num_nics) {}
+  InprocFabric(std::vector<proto::RegionMemory> regions, std::uint32_t node_size, std::uint32_t num_nics)
+      : regions_(std::move(regions)), node_size_(node_size), num_nics_(num_nics), ends_(regions_.size() * num_nics) {}
 
  private:
   friend class InprocRail;
@@ -38,8 +34,7 @@ class InprocFabric {
   };
   End& end(std::uint32_t rank, std::uint32_t nic) { return ends_[std::size_t{rank} * num_nics_ + nic]; }
 
-  std::vector<std::byte*> regions_;
-  std::uint64_t region_bytes_;
+  std::vector<proto::RegionMemory> regions_;
   std::uint32_t node_size_, num_nics_;
   std::vector<End> ends_;
 };
@@ -54,8 +49,8 @@ class InprocRail final : public transport::Rail {
 
   transport::PostResult post_write(const transport::WriteRequest& request) override {
     if (outstanding_ == max_outstanding_) return transport::PostResult::kAgain;
-    MOE_EFA_CHECK(request.local_offset + request.bytes <= fabric_.region_bytes_ &&
-                      request.remote_offset + request.bytes <= fabric_.region_bytes_,
+    std::uint64_t end = fabric_.regions_[rank_].bytes;
+    MOE_EFA_CHECK(request.local_offset + request.bytes <= end && request.remote_offset + request.bytes <= end,
                   "a write outside of a region");
     ++outstanding_;
     InprocFabric::End& to = fabric_.end(request.peer_node * fabric_.node_size_ + rank_ % fabric_.node_size_, nic_);
@@ -86,8 +81,8 @@ class InprocRail final : public transport::Rail {
       }
       const transport::WriteRequest& request = write.request;
       if (request.bytes > 0) {
-        std::memcpy(fabric_.regions_[rank_] + request.remote_offset,
-                    fabric_.regions_[write.source] + request.local_offset, request.bytes);
+        std::memcpy(fabric_.regions_[rank_].at(request.remote_offset),
+                    fabric_.regions_[write.source].at(request.local_offset), request.bytes);
       }
       if (request.with_imm) {
         event.kind = transport::RailEvent::Kind::kRemoteImm;

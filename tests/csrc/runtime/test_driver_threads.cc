@@ -14,11 +14,15 @@
 #include <thread>
 #include <vector>
 
-#include "device_calls.h"
+#include "../device/emulated_device.h"
+#include "../kernels/cuda_testing.h"
 #include "inproc_rail.h"
 #include "kernels/cpu/combine_call.h"
 #include "kernels/cpu/dispatch_call.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/device/combine_call.h"
+#include "kernels/device/dispatch_call.h"
+#include "kernels/device/plan_memory.h"
 #include "runtime/driver.h"
 #include "runtime/thread_pool.h"
 #include "simulator/reference.h"
@@ -42,13 +46,29 @@ struct Options {
   bool one_node = false;           // instead of several
 };
 
-struct Region {
-  std::vector<std::byte> memory;
-  std::byte* base = nullptr;
+// The memory of all ranks, as a world wants it: each region in one block or in two.
+struct Regions {
+  std::vector<std::vector<std::byte>> memory;
+  std::vector<proto::RegionMemory> all;
+  std::vector<std::byte*> words, slots;  // of NodeView
 
-  Region(std::uint64_t bytes, std::uint64_t flag_bytes) : memory(bytes + kAlign, std::byte{0xEE}) {
-    base = memory.data() + (kAlign - reinterpret_cast<std::uintptr_t>(memory.data()) % kAlign) % kAlign;
-    std::memset(base, 0, flag_bytes);
+  explicit Regions(const Workload& work) {
+    const proto::RegionLayout layout(work.layout, 0);
+    for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {
+      proto::RegionMemory& one = all.emplace_back();
+      one.slots_begin = layout.slots_begin();
+      one.bytes = layout.total_bytes();
+      one.region = allocate(work.slots_apart ? one.slots_begin : one.bytes);
+      if (work.slots_apart) one.slots = allocate(one.bytes - one.slots_begin);
+      std::memset(one.region, 0, layout.flag_bytes());
+      words.push_back(one.region);
+      slots.push_back(one.slot_base());
+    }
+  }
+
+  std::byte* allocate(std::uint64_t bytes) {
+    std::byte* at = memory.emplace_back(bytes + kAlign, std::byte{0xEE}).data();
+    return at + (kAlign - reinterpret_cast<std::uintptr_t>(at) % kAlign) % kAlign;
   }
 };
 
@@ -72,13 +92,14 @@ struct Stage {
 
 class Rank {
  public:
-  Rank(Stage& stage, testing::InprocFabric& fabric, std::byte* const* regions, std::uint32_t rank,
-       const Options& options)
+  Rank(Stage& stage, testing::InprocFabric& fabric, const Regions& regions, std::uint32_t rank, const Options& options)
       : stage_(stage),
         topology_{stage.work.num_ranks, stage.work.node_size, rank},
         view_{topology_, proto::RegionLayout(stage.work.layout, topology_.node()),
-              regions + std::size_t{topology_.node()} * stage.work.node_size},
-        engine_({topology_, stage.work.layout, stage.work.num_nics, stage.work.max_writes_per_nic, view_.own()}),
+              regions.words.data() + std::size_t{topology_.node()} * stage.work.node_size,
+              regions.slots.data() + std::size_t{topology_.node()} * stage.work.node_size},
+        engine_({topology_, stage.work.layout, stage.work.num_nics, stage.work.max_writes_per_nic, view_.own(),
+                 view_.own_slots()}),
         descriptors_(engine::max_descriptors(stage.work.layout)),
         state_(topology_),
         pool_(options.pool_threads) {
@@ -100,7 +121,19 @@ class Rank {
     }
     transport::PumpConfig config;
     config.writes_per_step = stage.work.writes_per_step;
-    if (rank < options.device_ranks) device_ = std::make_unique<testing::DeviceCalls>(view_);
+    if (rank < options.device_ranks) {
+      std::uint32_t max_tokens = 1;
+      for (const auto& routings : stage.work.routings) {
+        for (const simulator::Routing& routing : routings) max_tokens = std::max(max_tokens, routing.num_tokens);
+      }
+      std::vector<proto::RegionMemory> memory;
+      for (std::uint32_t local = 0; local < topology_.node_size; ++local) {
+        memory.push_back(regions.all[topology_.rank_of(topology_.node(), local)]);
+      }
+      device_ = std::make_unique<kernels::device::State>(
+          std::make_shared<testing::EmulatedDevice>(true), view_, memory,
+          kernels::device::StateConfig{max_tokens, stage.work.num_nics, kPatienceS});
+    }
     pump_ = std::make_unique<transport::Pump>(engine_, view_, raw, descriptors_, config);
     driver_ = std::make_unique<runtime::Driver>(engine_, *pump_, rank % 2 == 0,
                                                 [this](const common::Status& status) { stage_.fail(status.message); });
@@ -146,15 +179,28 @@ class Rank {
     }
   }
 
-  testing::WaitFor waiter() {
-    return [this](const char* what, const std::function<bool()>& ready) {
-      wait(what, ready);
-      if (stage_.broken) throw std::runtime_error("another rank has failed");
-    };
-  }
-
   kernels::CallContext context() {
     return {view_, state_, stage_.work.num_nodes() > 1 ? &descriptors_ : nullptr, pool_, stage_.work.num_nics};
+  }
+
+  std::shared_ptr<kernels::Plan> device_plan(const simulator::Routing& routing) {
+    auto plan = std::make_shared<kernels::Plan>();
+    plan->num_tokens = routing.num_tokens;
+    plan->expert_alignment = stage_.work.alignment(topology_.rank);
+    plan->send.resize(topology_.num_nodes());
+    memory_.emplace_back(kernels::device::send_bytes(stage_.work.layout, routing.num_tokens));
+    return plan;
+  }
+
+  template <typename Call>
+  void finish(const char* what, Call& call) {
+    wait(what, [&] {
+      call.step();
+      return call.done();
+    });
+    if (!stage_.broken) return;
+    device_->stop();  // what it reads and writes goes away with this rank
+    device_->device().drain();
   }
 
   void require(bool condition, std::size_t call, const char* what) {
@@ -170,9 +216,11 @@ class Rank {
       const std::int64_t capacity =
           work.is_static(call.plan) ? work.capacities[call.plan][topology_.rank] : kernels::Plan::kExact;
       plans_.push_back(
-          kernels::cpu::build_send_plan({routing.topk_idx.data(), routing.topk_weights.data(), routing.num_tokens,
-                                         work.alignment(topology_.rank), work.num_nics, capacity},
-                                        view_));
+          device_ != nullptr
+              ? device_plan(routing)
+              : kernels::cpu::build_send_plan({routing.topk_idx.data(), routing.topk_weights.data(), routing.num_tokens,
+                                               work.alignment(topology_.rank), work.num_nics, capacity},
+                                              view_));
     }
     const kernels::Plan& plan = *plans_[call.plan];
     std::vector<std::byte> x = simulator::random_rows(work.seed, number, topology_.rank, routing.num_tokens,
@@ -188,7 +236,20 @@ class Rank {
       return kernels::DispatchOutput{out.data(), fresh ? weights.data() : nullptr, scales.data(), true};
     };
     if (device_ != nullptr) {
-      device_->dispatch(context(), args, make_output, waiter());
+      kernels::device::DispatchOptions on;
+      on.alone = number % 2 == 0;  // on the caller's stream, or on one of their own
+      on.topk_idx = routing.topk_idx.data();
+      on.topk_weights = routing.topk_weights.data();
+      on.send_memory = fresh ? memory_.back().data() : nullptr;
+      kernels::device::DispatchCall running(context(), *device_, args, on);
+      wait("sizes", [&] {
+        running.step();
+        return running.sizes_known();
+      });
+      if (stage_.broken) return;
+      if (fresh) memory_.emplace_back(running.plan_bytes());
+      running.set_output(make_output(plan.rows()), fresh ? memory_.back().data() : nullptr);
+      finish("rows", running);
     } else {
       kernels::cpu::DispatchCall running(context(), args);
       wait("sizes", [&] {
@@ -228,7 +289,8 @@ class Rank {
     args.out = out.data();
     args.topk_weight_grads = call.weight_grads ? grads.data() : nullptr;
     if (device_ != nullptr) {
-      device_->combine(context(), args, waiter());
+      kernels::device::CombineCall running(context(), *device_, args, nullptr, number % 2 == 0);
+      finish("results", running);
     } else {
       kernels::cpu::CombineCall running(context(), args);
       wait("results", [&] {
@@ -261,25 +323,20 @@ class Rank {
   std::vector<std::unique_ptr<transport::Rail>> rails_;
   std::unique_ptr<transport::Pump> pump_;
   std::unique_ptr<runtime::Driver> driver_;
-  std::unique_ptr<testing::DeviceCalls> device_;
+  std::unique_ptr<kernels::device::State> device_;
+  std::vector<testing::AlignedBytes> memory_;  // of plans, on the device
   std::vector<std::shared_ptr<kernels::Plan>> plans_;
   std::uint64_t turns_ = 0;
 };
 
 std::string run_world(const Workload& work, const Options& options) {
-  const proto::RegionLayout layout(work.layout, 0);
-  std::vector<std::unique_ptr<Region>> regions;
-  std::vector<std::byte*> bases;
-  for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {
-    regions.push_back(std::make_unique<Region>(layout.total_bytes(), layout.flag_bytes()));
-    bases.push_back(regions.back()->base);
-  }
+  const Regions regions(work);
   const Reference reference(work);
   Stage stage(work, reference);
-  testing::InprocFabric fabric(bases, layout.total_bytes(), work.node_size, work.num_nics);
+  testing::InprocFabric fabric(regions.all, work.node_size, work.num_nics);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (std::uint32_t rank = 0; rank < work.num_ranks; ++rank) {
-    ranks.push_back(std::make_unique<Rank>(stage, fabric, bases.data(), rank, options));
+    ranks.push_back(std::make_unique<Rank>(stage, fabric, regions, rank, options));
   }
   std::vector<std::thread> callers;
   for (auto& rank : ranks) callers.emplace_back([&rank] { rank->run(); });

@@ -1,0 +1,87 @@
+#include "kernels/device/plan_memory.h"
+
+#include <algorithm>
+
+namespace moe_efa::kernels::device {
+
+namespace {
+
+// Offsets in the second block.
+struct PullOffsets {
+  std::size_t pull_begin, pull_count, pulls, masks, end;
+};
+
+std::size_t num_pulls(const Plan& plan) {
+  std::size_t rows = 0;
+  for (std::int64_t count : plan.tokens_per_expert) rows += static_cast<std::size_t>(count);
+  return rows;
+}
+
+PullOffsets offsets_of(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank) {
+  std::size_t chunks = 0, masks = 0;
+  for (const RingFacts& ring : plan.rings) chunks += ring.num_chunks;
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    masks += std::size_t{plan.rings[local_rank * config.num_nodes + node].rows} * plan.mask_bytes;
+  }
+  PullOffsets offsets{};
+  std::size_t end = aligned(plan.rings.size() * sizeof(cuda::RingView)) + aligned(config.num_nodes * 4);
+  auto take = [&end](std::size_t bytes) {
+    std::size_t at = end;
+    end += aligned(bytes);
+    return at;
+  };
+  offsets.pull_begin = take(chunks * 4);
+  offsets.pull_count = take(chunks * 4);
+  offsets.pulls = take(num_pulls(plan) * sizeof(PullEntry));
+  offsets.masks = take(masks);
+  offsets.end = end;
+  return offsets;
+}
+
+}  // namespace
+
+std::size_t send_bytes(const proto::LayoutConfig& config, std::uint32_t num_tokens) {
+  return aligned(config.num_nodes * sizeof(cuda::SendView)) + aligned(cuda::plan_rows(config, num_tokens) * 4);
+}
+
+SendMemory place_send(const proto::LayoutConfig& config, std::byte* memory) {
+  return {reinterpret_cast<cuda::SendView*>(memory),
+          reinterpret_cast<std::uint32_t*>(memory + aligned(config.num_nodes * sizeof(cuda::SendView)))};
+}
+
+std::size_t pull_bytes(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank) {
+  return offsets_of(plan, config, local_rank).end;
+}
+
+void place_pulls(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank,
+                 const std::uint32_t* pulls, std::byte* memory, Upload& tables, cuda::PlanView* view) {
+  PullOffsets offsets = offsets_of(plan, config, local_rank);
+  view->num_tokens = plan.num_tokens;
+  view->num_nodes = config.num_nodes;
+  view->num_rings = static_cast<std::uint32_t>(plan.rings.size());
+  view->mask_bytes = plan.mask_bytes;
+  view->num_chunks = view->ring_chunks = 0;
+  cuda::RingView* rings_placed;
+  cuda::RingView* rings = tables.add<cuda::RingView>(plan.rings.size(), &rings_placed);
+  std::uint32_t first_pull = 0;
+  for (std::size_t i = 0; i < plan.rings.size(); ++i) {
+    rings[i] = {plan.rings[i], view->num_chunks, first_pull, pulls[i]};
+    view->num_chunks += plan.rings[i].num_chunks;
+    view->ring_chunks = std::max(view->ring_chunks, plan.rings[i].num_chunks);
+    first_pull += pulls[i];
+  }
+  std::uint32_t *masks_placed, first_mask = 0;
+  std::uint32_t* masks = tables.add<std::uint32_t>(config.num_nodes, &masks_placed);
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    masks[node] = first_mask;
+    first_mask += plan.rings[local_rank * config.num_nodes + node].rows * plan.mask_bytes;
+  }
+  view->rings = rings_placed;
+  view->first_mask = masks_placed;
+  view->pull_begin = reinterpret_cast<std::uint32_t*>(memory + offsets.pull_begin);
+  view->pull_count = reinterpret_cast<std::uint32_t*>(memory + offsets.pull_count);
+  view->pulls = reinterpret_cast<PullEntry*>(memory + offsets.pulls);
+  view->masks = reinterpret_cast<std::uint8_t*>(memory + offsets.masks);
+}
+
+}  // namespace moe_efa::kernels::device

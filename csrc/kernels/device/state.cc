@@ -1,0 +1,114 @@
+#include "kernels/device/state.h"
+
+#include <algorithm>
+
+#include "common/math.h"
+#include "kernels/device/upload.h"
+
+namespace moe_efa::kernels::device {
+
+using proto::Phase;
+
+namespace {
+
+constexpr double kKernelPatienceS = 2;  // more than the host's, which knows more to say
+
+}  // namespace
+
+State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
+             const std::vector<proto::RegionMemory>& memory, const StateConfig& config)
+    : device_(std::move(device)),
+      config_(config),
+      device_view_(view),
+      most_chunks_(cuda::most_send_chunks(view.layout.config(), config.max_tokens, config.num_nics)) {
+  const proto::LayoutConfig& layout = view.layout.config();
+  std::size_t nodes = layout.num_nodes, rings = num_rings();
+  std::size_t num_experts = rings * layout.experts_per_rank;
+  for (PhaseState& phase : phases_) {
+    bool dispatch = &phase == phases_;
+    phase.arguments_bytes = aligned(sizeof(cuda::CallState)) + aligned(rings * 8) + aligned(nodes * 8);
+    phase.staging_bytes = phase.arguments_bytes;
+    std::size_t words = (nodes + rings) * most_chunks_ + 2 * rings;
+    if (dispatch) {
+      phase.arguments_bytes += aligned(rings * sizeof(cuda::RingCall)) + aligned(num_experts * 4) +
+                               aligned(num_experts * 8) + 2 * aligned((layout.experts_per_rank + 1) * 8);
+      // Beside the arguments: the tables of a plan.
+      phase.staging_bytes = phase.arguments_bytes + aligned(rings * sizeof(cuda::RingView)) + aligned(nodes * 4);
+    }
+    phase.staging = take_host<std::byte>(phase.staging_bytes);
+    phase.arguments = take_device<std::byte>(phase.arguments_bytes);
+    phase.grids = take_device<cuda::GridState>(3);
+    phase.faults = take_device<std::uint32_t>(1);
+    phase.fault = take_host<cuda::Fault>(1);
+    phase.words = take_device<std::uint32_t>(words);
+    std::size_t slots = nodes * layout.slots;
+    phase.ready = std::make_unique<cuda::ReadyQueue>(dispatch ? Phase::kDispatch : Phase::kCombine, layout.num_nodes,
+                                                     layout.slots, take_host<cuda::ChunkReady>(slots));
+  }
+  std::size_t rows = cuda::plan_rows(layout, config.max_tokens);
+  scratch_.entry_begin = take_device<std::uint32_t>(rows + nodes);
+  scratch_.entries = take_device<proto::RowEntry>(std::size_t{config.max_tokens} * layout.top_k);
+  scratch_.expert_counts = take_device<std::uint32_t>(num_experts);
+  std::size_t warps = std::size_t{cuda::kPlanBlocks} * (cuda::kPlanThreads / cuda::kWarpSize);
+  scratch_.columns = take_device<std::uint32_t>(warps * cuda::plan_columns(layout));
+  sizes_ = take_host<std::byte>(nodes * sizeof(cuda::SendView) + num_experts * 4);
+
+  std::size_t mates = memory.size();
+  std::byte** bases = take_host<std::byte*>(2 * mates);
+  for (std::size_t mate = 0; mate < mates; ++mate) {
+    bases[mate] = memory[mate].region;
+    bases[mates + mate] = memory[mate].slot_base();
+  }
+  std::byte** placed = take_device<std::byte*>(2 * mates);
+  device_->copy(placed, bases, 2 * mates * sizeof(*bases), device_->own_stream(0));
+  device_->drain();
+  device_view_.regions = placed;
+  device_view_.slot_bases = placed + mates;
+}
+
+State::~State() {
+  device_->drain();
+  for (void* memory : device_memory_) device_->free(memory);
+  for (void* memory : host_memory_) device_->free_host(memory);
+}
+
+template <typename T>
+T* State::take_device(std::size_t count) {
+  device_memory_.push_back(device_->allocate(std::max<std::size_t>(1, count) * sizeof(T)));
+  return static_cast<T*>(device_memory_.back());
+}
+
+template <typename T>
+T* State::take_host(std::size_t count) {
+  host_memory_.push_back(device_->allocate_host(std::max<std::size_t>(1, count) * sizeof(T)));
+  return static_cast<T*>(host_memory_.back());
+}
+
+std::uint32_t State::num_rings() const {
+  const proto::LayoutConfig& config = device_view_.layout.config();
+  return config.node_size * config.num_nodes;
+}
+
+GridSizes State::grids(bool alone) const {
+  // Beside a layer's products a call takes what keeps a link of 50 GB/s and the node's links busy; a call that its
+  // stream waits for takes half of the device, so that a dispatch and a combine are always resident together.
+  std::uint32_t sms = device_->facts().num_sms, most = std::max(4u, alone ? sms / 2 : std::min(sms / 2, 24u));
+  GridSizes sizes{};
+  sizes.pack = std::min(cuda::kPackBlocks, most);
+  sizes.pack_rest = std::max(1u, std::min(cuda::kPackBlocks, most / 2));
+  sizes.pull = most - sizes.pack_rest;
+  sizes.combine = {std::max(1u, most / 4), std::max(1u, most / 4), std::max(1u, most - 2 * (most / 4))};
+  return sizes;
+}
+
+cuda::Watch State::watch(Phase which, std::uint32_t grid) {
+  const PhaseState& state = phase(which);
+  auto timeout_ns = static_cast<std::uint64_t>((config_.timeout_s + kKernelPatienceS) * 1e9);
+  return {state.grids + grid, state.faults, state.fault, timeout_ns, device_view_.topology.rank};
+}
+
+void State::stop() {
+  for (PhaseState& phase : phases_) device_->store_word(phase.faults, 1);
+}
+
+}  // namespace moe_efa::kernels::device

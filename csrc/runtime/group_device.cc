@@ -1,0 +1,112 @@
+// What a Group does otherwise where its tensors are on a device.
+#include "common/check.h"
+#include "kernels/device/plan_memory.h"
+#include "runtime/device_started.h"
+#include "runtime/group.h"
+
+namespace moe_efa::runtime {
+
+using common::StatusCode;
+using common::StatusError;
+using proto::Phase;
+
+// After the mates' memory is mapped.
+void Group::open_device_state() {
+  std::vector<proto::RegionMemory> seen;  // by kernels
+  for (std::uint32_t mate = 0; mate < config_.topology.node_size; ++mate) {
+    std::uint64_t bytes = layout_.total_bytes();
+    device_regions_.push_back(regions_[mate]);
+    seen.push_back({static_cast<std::byte*>(device_->map_host(regions_[mate], bytes)), nullptr, 0, bytes});
+  }
+  device_state_ = std::make_unique<kernels::device::State>(
+      device_, view_, seen,
+      kernels::device::StateConfig{config_.max_tokens_per_rank, context().num_nics, config_.timeout_s});
+}
+
+void Group::close_device() {
+  if (!device_) return;
+  if (device_state_) device_state_->stop();
+  device_state_.reset();  // when its kernels have left
+  for (std::byte* region : device_regions_) device_->unmap_host(region);
+  device_regions_.clear();
+  device_.reset();
+}
+
+std::shared_ptr<kernels::Plan> Group::new_device_plan(const DispatchRequest& request) const {
+  auto invalid = [](const std::string& text) { throw StatusError({StatusCode::kInvalid, -1, -1, -1, -1, text}); };
+  if (request.capacity != kernels::Plan::kExact) invalid("a capacity: static mode is for tensors on the CPU so far");
+  if (request.num_tokens > config_.max_tokens_per_rank) {
+    invalid(std::to_string(request.num_tokens) + " tokens, where max_tokens_per_rank is " +
+            std::to_string(config_.max_tokens_per_rank));
+  }
+  MOE_EFA_CHECK(request.send_memory != nullptr, "a dispatch on a device needs memory for its plan");
+  auto plan = std::make_shared<kernels::Plan>();
+  plan->num_tokens = request.num_tokens;
+  plan->expert_alignment = request.expert_alignment;
+  plan->send.resize(config_.topology.num_nodes());
+  return plan;
+}
+
+std::uint64_t Group::start_device_dispatch(const DispatchRequest& request, const Prepared& prepared) {
+  MOE_EFA_CHECK(!prepared.plan->complete || prepared.plan->device_view, "the plan was not made on this device");
+  kernels::device::DispatchOptions options{static_cast<kernels::Device::Stream>(request.stream), request.alone,
+                                           request.topk_idx, request.topk_weights, request.send_memory};
+  std::lock_guard lock(calls_mutex_);
+  return start_call(std::make_shared<DeviceDispatch>(
+      context(), *device_state_,
+      kernels::DispatchArgs{request.x, request.dtype, prepared.wire, prepared.out, prepared.plan}, options));
+}
+
+std::uint64_t Group::start_device_combine(const CombineRequest& request, const kernels::CombineArgs& args) {
+  MOE_EFA_CHECK(args.plan->device_view, "the plan was not made on this device");
+  std::lock_guard lock(calls_mutex_);
+  return start_call(std::make_shared<DeviceCombine>(
+      context(), *device_state_, args, static_cast<kernels::Device::Stream>(request.stream), request.alone));
+}
+
+std::shared_ptr<StartedCall> Group::pending_call(std::uint64_t ticket) {
+  auto found = pending_.find(ticket);
+  if (found == pending_.end()) check_open();
+  MOE_EFA_CHECK(found != pending_.end(), "no call with ticket " << ticket << " is pending");
+  return found->second;
+}
+
+DispatchSizes Group::dispatch_sizes(std::uint64_t ticket) {
+  double begin = monotonic_s();
+  auto call = std::dynamic_pointer_cast<DeviceDispatch>(pending_call(ticket));
+  MOE_EFA_CHECK(call, "sizes are asked of dispatches on a device");
+  check_open(Phase::kDispatch);
+  run_in_turn(*call, [&] { return call->sizes_known(); });
+  liveness_->set_away(true);  // until the caller has memory for the rows
+  phase_stats_[0].seconds += monotonic_s() - begin;
+  return {call->made_plan(), call->plan_bytes()};
+}
+
+void Group::dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory) {
+  liveness_->set_away(false);
+  auto call = std::dynamic_pointer_cast<DeviceDispatch>(pending_call(ticket));
+  MOE_EFA_CHECK(call && call->sizes_known(), "dispatch_place() follows dispatch_sizes()");
+  MOE_EFA_CHECK((output.scales != nullptr) == (call->out_dtype() == proto::DType::kFp8),
+                "scales are for FP8 rows, and only for them");
+  MOE_EFA_CHECK((output.weights != nullptr) == call->fresh(), "weights are for fresh dispatches, and only for them");
+  std::lock_guard lock(calls_mutex_);
+  call->set_output(output, plan_memory);
+}
+
+// Looks after kernels that nobody waits for: with calls_mutex_ held.
+void Group::watch_device_calls() {
+  if (!device_ || failed_.load()) return;
+  for (const auto& calls : moving_) {
+    if (calls.empty()) continue;
+    auto epoch = static_cast<std::int64_t>(calls.front()->epoch());
+    if (liveness_->failed()) return record(peer_failure(calls.front()->phase(), epoch, {}));
+    if (!liveness_->any_goodbye()) continue;
+    if (common::Status left = departure(calls.front()->phase(), epoch); !left.ok()) return record(left);
+  }
+}
+
+std::size_t Group::device_send_bytes(std::uint32_t num_tokens) const {
+  return kernels::device::send_bytes(layout_.config(), num_tokens);
+}
+
+}  // namespace moe_efa::runtime

@@ -1,0 +1,255 @@
+#include "emulated_device.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "../kernels/emulated_block.h"
+#include "common/status.h"
+#include "kernels/cuda/combine_body.h"
+#include "kernels/cuda/pack_body.h"
+#include "kernels/cuda/plan_body.h"
+#include "kernels/cuda/pull_body.h"
+
+namespace moe_efa::testing {
+
+namespace {
+
+using kernels::cuda::kWarpSize;
+
+constexpr std::uint32_t kNumSms = 4;
+constexpr std::uint32_t kPlanWarps = 2;
+
+[[noreturn]] void fail(const std::string& what) {
+  throw common::StatusError({common::StatusCode::kInternal, -1, -1, -1, -1, "emulated device: " + what});
+}
+
+struct PlanShared {
+  kernels::cuda::Tickets tickets;
+  std::vector<std::uint32_t> words;
+};
+
+}  // namespace
+
+EmulatedStream::EmulatedStream() : thread_([this] { loop(); }) {}
+
+EmulatedStream::~EmulatedStream() {
+  drain();
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+void EmulatedStream::queue(std::function<void()> work) {
+  {
+    std::lock_guard lock(mutex_);
+    work_.push_back(std::move(work));
+  }
+  changed_.notify_all();
+}
+
+void EmulatedStream::drain() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return work_.empty() && !busy_; });
+}
+
+void EmulatedStream::loop() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return stop_ || !work_.empty(); });
+    if (work_.empty()) return;
+    std::function<void()> work = std::move(work_.front());
+    work_.pop_front();
+    busy_ = true;
+    lock.unlock();
+    work();
+    work = {};
+    lock.lock();
+    busy_ = false;
+    changed_.notify_all();
+  }
+}
+
+struct EmulatedDevice::Point {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool reached = false;
+};
+
+EmulatedDevice::EmulatedDevice(bool stream_ordered) {
+  facts_.name = "emulated by host threads";
+  facts_.kind = "emulated";
+  facts_.num_sms = kNumSms;
+  facts_.stream_ordered = stream_ordered;
+}
+
+EmulatedDevice::~EmulatedDevice() {
+  drain();
+  while (!memory_.empty()) free(memory_.begin()->first);
+}
+
+void* EmulatedDevice::allocate_host(std::size_t bytes) {
+  void* memory = std::aligned_alloc(256, common::round_up<std::size_t>(bytes, 256));
+  if (memory == nullptr) throw std::bad_alloc();
+  return std::memset(memory, 0, bytes);
+}
+
+void EmulatedDevice::free_host(void* memory) { std::free(memory); }
+
+void* EmulatedDevice::allocate(std::size_t bytes) {
+  int file = memfd_create("emulated-device", 0);
+  if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) fail("no memory");
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (memory == MAP_FAILED) fail("no memory");
+  std::lock_guard lock(mutex_);
+  memory_[memory] = {file, bytes};
+  return memory;
+}
+
+void EmulatedDevice::free(void* memory) {
+  std::lock_guard lock(mutex_);
+  auto found = memory_.find(memory);
+  if (found == memory_.end()) fail("free() of something else");
+  munmap(memory, found->second.bytes);
+  close(found->second.file);
+  memory_.erase(found);
+}
+
+std::string EmulatedDevice::export_memory(void* memory) {
+  std::lock_guard lock(mutex_);
+  const Memory& found = memory_.at(memory);
+  return std::to_string(getpid()) + "/fd/" + std::to_string(found.file) + " " + std::to_string(found.bytes);
+}
+
+void* EmulatedDevice::import_memory(const std::string& exported) {
+  std::size_t space = exported.find(' ');
+  std::string path = "/proc/" + exported.substr(0, space);
+  std::size_t bytes = std::stoull(exported.substr(space + 1));
+  int file = open(path.c_str(), O_RDWR);
+  if (file < 0) fail("cannot open " + path);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (memory == MAP_FAILED) fail("cannot map " + path);
+  std::lock_guard lock(mutex_);
+  memory_[memory] = {file, bytes};
+  return memory;
+}
+
+void EmulatedDevice::close_memory(void* imported) { free(imported); }
+
+int EmulatedDevice::dma_buf(void*, std::size_t, std::uint64_t*) { fail("no dma-buf"); }
+
+kernels::Device::Stream EmulatedDevice::own_stream(std::uint32_t index) { return &streams_[1 + index]; }
+
+EmulatedStream& EmulatedDevice::stream_of(Stream stream) {
+  return stream == nullptr ? streams_[0] : *static_cast<EmulatedStream*>(stream);
+}
+
+std::uint64_t EmulatedDevice::next_seed() {
+  std::lock_guard lock(mutex_);
+  return ++seed_;
+}
+
+void EmulatedDevice::copy(void* to, const void* from, std::size_t bytes, Stream stream) {
+  stream_of(stream).queue([=] { std::memcpy(to, from, bytes); });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::PlanArgs& args, Stream stream) {
+  stream_of(stream).queue([args, seed = next_seed()] {
+    run_grid<PlanShared>(2, kPlanWarps * kWarpSize, seed, [&](EmulatedBlock& block, PlanShared& shared) {
+      std::size_t words = kernels::cuda::plan_shared_words(args.config, kPlanWarps);
+      if (shared.words.size() != words) shared.words.resize(words);  // the first fiber of the block
+      kernels::cuda::plan_body(block, args, shared.tickets, shared.words.data());
+    });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::PackArgs& args, std::uint32_t num_blocks, Stream stream) {
+  num_blocks = std::min(num_blocks, kNumSms);
+  stream_of(stream).queue([=, seed = next_seed()] {
+    run_grid<kernels::cuda::Tickets>(num_blocks, kWarpSize, seed,
+                                     [&](EmulatedBlock& block, kernels::cuda::Tickets& shared) {
+                                       kernels::cuda::pack_body(block, args, num_blocks, shared);
+                                     });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::PullArgs& args, std::uint32_t num_blocks,
+                            const kernels::cuda::PackArgs* rest, std::uint32_t pack_blocks, Stream stream) {
+  kernels::cuda::PackArgs pack = rest == nullptr ? kernels::cuda::PackArgs{} : *rest;
+  stream_of(stream).queue([=, seed = next_seed()] {
+    run_grid<kernels::cuda::PullShared>(num_blocks, kWarpSize, seed,
+                                        [&](EmulatedBlock& block, kernels::cuda::PullShared& shared) {
+                                          if (block.block() < pack_blocks) {
+                                            kernels::cuda::pack_body(block, pack, pack_blocks, shared.tickets);
+                                          } else {
+                                            kernels::cuda::pull_body(block, args, num_blocks - pack_blocks, shared);
+                                          }
+                                        });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::CombineArgs& args, const kernels::cuda::CombineBlocks& blocks,
+                            Stream stream) {
+  stream_of(stream).queue([=, seed = next_seed()] {
+    run_grid<kernels::cuda::CombineShared>(blocks.publish + blocks.forward + blocks.reduce, kWarpSize, seed,
+                                           [&](EmulatedBlock& block, kernels::cuda::CombineShared& shared) {
+                                             kernels::cuda::combine_body(block, args, blocks, shared);
+                                           });
+  });
+}
+
+kernels::Device::Mark EmulatedDevice::mark(Stream stream) {
+  auto point = std::make_shared<Point>();
+  stream_of(stream).queue([point] {
+    std::lock_guard lock(point->mutex);
+    point->reached = true;
+    point->changed.notify_all();
+  });
+  std::lock_guard lock(mutex_);
+  points_[next_mark_] = point;
+  return next_mark_++;
+}
+
+std::shared_ptr<EmulatedDevice::Point> EmulatedDevice::point(Mark mark) {
+  std::lock_guard lock(mutex_);
+  auto found = points_.find(mark);
+  if (found == points_.end()) fail("no such mark");
+  return found->second;
+}
+
+bool EmulatedDevice::reached(Mark mark) {
+  std::shared_ptr<Point> found = point(mark);
+  std::lock_guard lock(found->mutex);
+  return found->reached;
+}
+
+void EmulatedDevice::wait_for(Stream stream, Mark mark) {
+  stream_of(stream).queue([found = point(mark)] {
+    std::unique_lock lock(found->mutex);
+    found->changed.wait(lock, [&] { return found->reached; });
+  });
+}
+
+void EmulatedDevice::release(Mark mark) {
+  std::lock_guard lock(mutex_);
+  if (points_.erase(mark) == 0) fail("release() of something else");
+}
+
+void EmulatedDevice::store_word(std::uint32_t* word, std::uint32_t value) {
+  __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+
+void EmulatedDevice::drain() {
+  for (EmulatedStream& stream : streams_) stream.drain();
+}
+
+}  // namespace moe_efa::testing
