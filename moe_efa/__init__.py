@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe_efa import cuda_library, libfabric
+from moe_efa import device, libfabric
 from moe_efa._version import __version__
 from moe_efa.checkpoint import checkpoint_context, checkpoint_policy
 from moe_efa.config import ExpertParallelConfig
@@ -34,4 +34,4 @@ __all__ = [
 def build_info() -> dict[str, Any]:
     """What is in this build: package and protocol version, what the native extension was built with, and under ``cuda``
     whether the library for GPUs is there (`moe-efa doctor` opens it)."""
-    return {"version": __version__, **libfabric.build_info(), "cuda": cuda_library.is_built()}
+    return {"version": __version__, **libfabric.build_info(), "cuda": device.CUDA_LIBRARY.exists()}

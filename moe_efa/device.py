@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_efa import cuda_library, env
+from moe_efa import _C, env
 from moe_efa.errors import ConfigError
+
+CUDA_LIBRARY = Path(__file__).with_name("libmoe_efa_cuda.so")
 
 
 def resolve(device: torch.device | str | None) -> str:
@@ -17,7 +20,7 @@ def resolve(device: torch.device | str | None) -> str:
         ConfigError: for a device that this build, or this machine, does not have.
     """
     if device is None:
-        return "cuda" if torch.cuda.is_available() and cuda_library.is_built() else "cpu"
+        return "cuda" if torch.cuda.is_available() and CUDA_LIBRARY.exists() else "cpu"
     try:
         asked = torch.device(device)
     except (RuntimeError, TypeError):
@@ -26,7 +29,7 @@ def resolve(device: torch.device | str | None) -> str:
         return "cpu"
     if asked.type != "cuda":
         raise ConfigError(f"device must be 'cpu' or 'cuda', not {device!r}")
-    if not cuda_library.is_built():
+    if not CUDA_LIBRARY.exists():
         raise ConfigError(
             "device='cuda', but moe_efa was built without CUDA: install it where nvcc is found "
             "(with MOE_EFA_CUDA=1 the build says why it is not)"
@@ -46,7 +49,7 @@ def native_options(device: str) -> dict[str, Any]:
         return {"device_library": library}
     if device == "cpu":
         return {}
-    return {"device_library": str(cuda_library.PATH), "device_index": torch.cuda.current_device()}
+    return {"device_library": str(CUDA_LIBRARY), "device_index": torch.cuda.current_device()}
 
 
 def of_tensors(device: str) -> torch.device:
@@ -57,3 +60,22 @@ def of_tensors(device: str) -> torch.device:
 def current_stream(device: torch.device) -> int:
     """The stream on which torch computes there; 0 on the CPU, which has none."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def facts(index: int = 0, *, library: Path = CUDA_LIBRARY) -> dict[str, Any]:
+    """Opens a GPU, which takes a moment and some of its memory, and tells what it is.
+
+    Args:
+        index: counts the GPUs that this process sees.
+        library: another one than that of this installation, for tests.
+
+    Returns:
+        ``name``, ``kind`` ("cuda"), ``num_sms``; ``shares_memory``: the ranks of a host may read each other's memory;
+        ``dma_buf``: a NIC can be given its memory; ``flushes_writes``: what a NIC writes has to be flushed.
+
+    Raises:
+        ConfigError: if the library was not built, or for the reason that it gives, such as that there is no driver.
+    """
+    if not library.exists():
+        raise ConfigError(f"moe_efa was built without its CUDA library ({library}): MOE_EFA_CUDA=1 and nvcc build it")
+    return _C.device_facts(str(library), index)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_efa import _C, cuda_library, env, errors, libfabric, topology
+from moe_efa import _C, device, env, errors, libfabric, topology
 from moe_efa._version import __version__
 
 _SHM_BYTES = 1 << 30  # one rank's default memory_budget_bytes
@@ -170,9 +170,9 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _cuda_facts() -> dict[str, Any]:
     """Is the library for GPUs built, and what is the first GPU, or why can it not be used."""
-    built = cuda_library.is_built()
+    built = device.CUDA_LIBRARY.exists()
     try:
-        return {"built": built, "device": cuda_library.device_facts(0), "error": ""}
+        return {"built": built, "device": device.facts(), "error": ""}
     except errors.ConfigError as error:
         return {"built": built, "device": None, "error": str(error)}
 
@@ -234,11 +234,11 @@ def format_table(facts: dict[str, Any]) -> str:
 
 
 def _cuda_text(cuda: dict[str, Any]) -> str:
-    device = cuda["device"]
-    if device is None:
+    gpu = cuda["device"]
+    if gpu is None:
         return f"built, but no GPU can be used: {cuda['error']}" if cuda["built"] else "not built"
-    nics = "NICs can reach its memory" if device["dma_buf"] else "no NIC can reach its memory"
-    return f"built, opens GPU 0: {device['name']}, {device['num_sms']} SMs, {nics}"
+    nics = "NICs can reach its memory" if gpu["dma_buf"] else "no NIC can reach its memory"
+    return f"built, opens GPU 0: {gpu['name']}, {gpu['num_sms']} SMs, {nics}"
 
 
 def _gib(count: int) -> str:

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import pytest
 
-from moe_efa import ConfigError, cuda_library
+from moe_efa import ConfigError, device
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda-tests"
@@ -212,7 +212,7 @@ def test_library_opens_without_a_driver_and_says_what_is_missing(compiled: Compi
         assert "there is no GPU -1: this process sees" in opened.error
     assert open_device(compiled.library, abi=device_abi(), index=-1, error_bytes=9).error == opened.error[:8]
     with pytest.raises(ConfigError, match=f"{compiled.library}: {re.escape(opened.error)}"):
-        cuda_library.device_facts(-1, library=compiled.library)
+        device.facts(-1, library=compiled.library)
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import moe_efa
-from moe_efa import cuda_library
+from moe_efa import device as device_of
 from moe_efa.errors import PeerLostError, TransportError
 from moe_efa.testing import device_rounds
 from moe_efa.testing.device_rounds import CASES, Case
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [path.relative_to(ROOT) for path in sorted((ROOT / "tests/csrc/device").glob("*.cc"))]
 FOLDER = ROOT / "build" / "device-tests"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
-GPU = torch.cuda.is_available() and cuda_library.is_built()
+GPU = torch.cuda.is_available() and device_of.CUDA_LIBRARY.exists()
 DEVICE = "cuda" if GPU else "cpu"
 HEARTBEAT_S = 2.0
 

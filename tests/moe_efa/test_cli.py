@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_efa import _C, ConfigError, ExpertParallelConfig, cli, cuda_library, doctor, env, libfabric, plan
+from moe_efa import _C, ConfigError, ExpertParallelConfig, cli, device, doctor, env, libfabric, plan
 from moe_efa.presets import PRESETS
 
 LAUNCH_VARIABLES = (
@@ -85,9 +85,9 @@ def test_doctor_says_what_became_of_the_cuda_library(cuda, text, monkeypatch):
 
 def test_cuda_library_that_is_none_is_refused_with_its_path(tmp_path):
     with pytest.raises(ConfigError, match=r"built without its CUDA library .*absent\.so.*MOE_EFA_CUDA=1"):
-        cuda_library.device_facts(library=tmp_path / "absent.so")
+        device.facts(library=tmp_path / "absent.so")
     with pytest.raises(ConfigError, match=rf"{_C.__file__}: it has no moe_efa_open_device"):
-        cuda_library.device_facts(library=Path(_C.__file__))
+        device.facts(library=Path(_C.__file__))
 
 
 def test_a_healthy_host_has_no_problems():
