@@ -13,6 +13,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.map')
 
+# The CUDA library takes minutes: here it is built for a GPU only (tests build one of their own). Set it to decide.
+export MOE_EFA_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
+
 # A CUDA build of torch brings its own Triton; a CPU build brings none.
 TORCH_SUITS := import importlib.metadata as m; exit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 7))
 TORCH_IS_CPU := import torch; exit(torch.version.cuda is not None)

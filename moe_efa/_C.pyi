@@ -38,6 +38,7 @@ class GroupConfig:
         slots: int = 0,
         device_library: str = "",
         device_index: int = 0,
+        buffers: str = "auto",
         reorder: bool = False,
         reorder_seed: int = 0,
         reorder_drop_node: int = -1,

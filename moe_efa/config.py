@@ -14,6 +14,7 @@ _DTYPES = ("auto", "bf16", "fp32", "fp8")
 FP8_SCALES = ("fp32", "ue8m0")
 _TRANSPORTS = ("auto", "shm", "libfabric")
 _DEVICES = ("cpu", "cuda")
+_BUFFERS = ("auto", "host", "device")
 
 
 _MOST = {  # far beyond any use, within what the native layer's integers hold
@@ -58,6 +59,9 @@ class ExpertParallelConfig:
         heartbeat_timeout_s: seconds of silence after which a peer counts as lost.
         memory_budget_bytes: most registered memory per rank.
         device: where tensors are, and kernels run: "cpu" or "cuda".
+        buffers: where rings are: "host" is pinned memory, which any NIC and provider reach; "device" is memory of the
+            GPU, which the ranks of the node and the NICs have to reach (CUDA IPC, dma-buf); "auto" takes "device"
+            where they can. On the CPU it is always host memory.
         chunk_rows: most rows in one chunk; 0 takes the largest that fits. For tests and tuning.
         slots: slots per ring; 0 takes the most that fit. For tests and tuning.
 
@@ -81,6 +85,7 @@ class ExpertParallelConfig:
     heartbeat_timeout_s: float = 20.0
     memory_budget_bytes: int = 1 << 30
     device: str = "cpu"
+    buffers: str = "auto"
     chunk_rows: int = 0
     slots: int = 0
 
@@ -108,6 +113,7 @@ class ExpertParallelConfig:
         _check_word("fp8_scale", self.fp8_scale, FP8_SCALES)
         _check_word("transport", self.transport, _TRANSPORTS)
         _check_word("device", self.device, _DEVICES)
+        _check_word("buffers", self.buffers, _BUFFERS)
         if self.provider is not None and (not isinstance(self.provider, str) or not self.provider):
             raise ConfigError(f"provider must be the name of a libfabric provider or None, not {self.provider!r}")
 

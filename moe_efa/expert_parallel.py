@@ -69,6 +69,7 @@ class ExpertParallel:
         heartbeat_timeout_s: float = 20.0,
         memory_budget_bytes: int = 1 << 30,
         device: torch.device | str | None = None,
+        buffers: str = "auto",
         chunk_rows: int = 0,
         slots: int = 0,
     ) -> None:
@@ -91,6 +92,7 @@ class ExpertParallel:
                 heartbeat_timeout_s=heartbeat_timeout_s,
                 memory_budget_bytes=memory_budget_bytes,
                 device=device_of.resolve(device),
+                buffers=buffers,
                 chunk_rows=chunk_rows,
                 slots=slots,
             )

@@ -273,6 +273,7 @@ def native_config(config: ExpertParallelConfig, agreement: Agreement) -> _C.Grou
         ranks_on_host=agreement.ranks_on_host,
         chunk_rows=config.chunk_rows,
         slots=config.slots,
+        buffers=config.buffers,
         **device.native_options(config.device),
         **_faults(),
     )

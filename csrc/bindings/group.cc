@@ -96,6 +96,8 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.device_library = py::cast<std::string>(value);
     else if (name == "device_index")
       config.device_index = py::cast<std::int32_t>(value);
+    else if (name == "buffers")
+      config.buffers = py::cast<std::string>(value);
     else if (name == "reorder")
       config.reorder = py::cast<bool>(value);
     else if (name == "reorder_seed")
@@ -218,6 +220,7 @@ py::dict info_dict(const runtime::GroupInfo& info) {
   out["registered_bytes"] = info.registered_bytes;
   out["num_threads"] = info.num_threads;
   out["device"] = info.device;
+  out["buffers"] = info.buffers;
   return out;
 }
 

@@ -56,6 +56,11 @@ std::string describe_wait(const kernels::Waiting& waiting) {
   return text.str();
 }
 
+GroupConfig with_buffers(GroupConfig config, const kernels::Device* device) {
+  config.buffers = choose_buffers(config, device);
+  return config;
+}
+
 // `configured` is one of the words that choose_layout knows.
 proto::DType resolve_dtype(const std::string& configured, proto::DType tensor) {
   for (proto::DType dtype : {proto::DType::kBf16, proto::DType::kFp32, proto::DType::kFp8}) {
@@ -67,10 +72,10 @@ proto::DType resolve_dtype(const std::string& configured, proto::DType tensor) {
 }  // namespace
 
 Group::Group(const GroupConfig& config, std::shared_ptr<kernels::Device> device)
-    : config_(config),
+    : config_(with_buffers(config, device.get())),
       sizing_(choose_layout(config)),
       layout_(sizing_.layout, config.topology.node()),
-      slots_(config, layout_, device),
+      slots_(config_, layout_, device),
       state_(config.topology),
       pool_(std::max(1u, config.num_threads)),
       crowded_(is_crowded(config)),
@@ -801,6 +806,7 @@ GroupInfo Group::info() const {
   info.registered_bytes = sizing_.region_bytes;
   info.num_threads = static_cast<std::uint32_t>(pool_.width());
   if (device_) info.device = device_->facts().name;
+  info.buffers = config_.buffers;
   return info;
 }
 

@@ -94,7 +94,8 @@ struct GroupInfo {
   proto::LayoutConfig layout;
   std::uint64_t registered_bytes = 0;
   std::uint32_t num_threads = 1;
-  std::string device;  // that runs the kernels; empty = the CPU
+  std::string device;   // that runs the kernels; empty = the CPU
+  std::string buffers;  // where slots are: "host" | "device"
 };
 
 class Group {

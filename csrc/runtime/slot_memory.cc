@@ -33,6 +33,17 @@ void check(const GroupConfig& config, const kernels::Device* device) {
 
 }  // namespace
 
+std::string choose_buffers(const GroupConfig& config, const kernels::Device* device) {
+  if (config.buffers != "auto") return config.buffers;
+  if (device == nullptr || (config.topology.node_size > 1 && !device->facts().shares_memory)) return "host";
+  if (config.topology.num_nodes() == 1) return "device";
+  if (config.transport != "libfabric" || !device->facts().dma_buf) return "host";
+  // Other providers copy with the CPU.
+  std::string provider = config.provider;
+  if (provider.empty()) provider = transport::default_provider({config.libfabric, config.libfabric_hints});
+  return provider.starts_with("efa") ? "device" : "host";
+}
+
 SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& layout,
                        std::shared_ptr<kernels::Device> device)
     : layout_(layout), device_(std::move(device)), index_(config.device_index) {

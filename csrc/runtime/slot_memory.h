@@ -16,6 +16,9 @@
 
 namespace moe_efa::runtime {
 
+// "host" or "device" for the "auto" of a configuration: memory of the device wherever all who must reach it can.
+std::string choose_buffers(const GroupConfig& config, const kernels::Device* device);
+
 class SlotMemory {
  public:
   // Throws StatusError(kConfig) where the configuration and the device do not fit together.

@@ -42,6 +42,7 @@ class Case:
     alignment: int = 8
     chunk_rows: int = 0
     slots: int = 0
+    buffers: str = "host"
 
     @property
     def id(self) -> str:
@@ -51,7 +52,7 @@ class Case:
         words += [f"tok{self.num_tokens}", self.routing, f"align{self.alignment}"]
         if self.chunk_rows:
             words.append(f"chunk{self.chunk_rows}-slots{self.slots}")
-        return "-".join(words)
+        return "-".join([*words, f"{self.buffers}-buffers"])
 
     def open(self, group: dist.ProcessGroup | None, device: str, **options: Any) -> ExpertParallel:
         """The group's object on a device."""
@@ -72,6 +73,7 @@ class Case:
                 "memory_budget_bytes": 64 << 20,
                 "timeout_s": 60.0,
                 "device": device,
+                "buffers": "auto" if device == "cuda" else self.buffers,  # there tcp and shm reach no other
                 **options,
             },
         )
@@ -87,12 +89,30 @@ class Case:
 
 CASES = (
     Case(1, 1),
-    Case(2, 2, dtype=torch.float32, routing="skewed"),
-    Case(2, 1, "libfabric", wire_dtype="fp8"),
-    Case(4, 2, "libfabric", wire_dtype="fp8", combine_dtype="fp8", hidden_size=264, routing="duplicates", alignment=1),
-    Case(4, 2, "shm", dtype=torch.float32, combine_dtype="bf16", chunk_rows=3, slots=2, num_tokens=61),
-    Case(4, 4, routing="one-expert", chunk_rows=4, slots=2),
-    Case(4, 1, "libfabric", routing="nothing", num_tokens=9),
+    Case(2, 2, dtype=torch.float32, routing="skewed", buffers="device"),
+    Case(2, 1, "libfabric", wire_dtype="fp8", routing="nothing", num_tokens=9),
+    Case(
+        num_ranks=4,
+        node_size=2,
+        transport="libfabric",
+        wire_dtype="fp8",
+        combine_dtype="fp8",
+        hidden_size=264,
+        routing="duplicates",
+        alignment=1,
+        buffers="device",
+    ),
+    Case(
+        num_ranks=4,
+        node_size=2,
+        transport="shm",
+        dtype=torch.float32,
+        combine_dtype="bf16",
+        routing="one-expert",
+        num_tokens=30,
+        chunk_rows=3,
+        slots=2,
+    ),
 )
 MANY_RANKS = (
     Case(8, 4, "libfabric", wire_dtype="fp8", hidden_size=2048, num_tokens=128),
