@@ -56,7 +56,7 @@ class Plan:
     def num_tokens(self) -> int: ...
     @property
     def device_overflow_ptr(self) -> int | None:
-        """On a device, in static mode: where the last block of `memory` begins with the word that overflow is on a CPU."""
+        """On a device, in static mode: where a block of `memory` begins, with the word that overflow is on the CPU."""
     @property
     def rows(self) -> int: ...
     @property

@@ -322,7 +322,7 @@ class NativeGroup:
         return _Results(rows, scales, weights)
 
     def _static_results(self, capacity: int, dtype: torch.dtype) -> _Results:
-        """On a device: before anything is sent, so that a capacity that is too much memory is this rank's error alone."""
+        """On a device, before anything is sent: a capacity that is too much memory is this rank's error alone."""
         try:
             return self._results(capacity, dtype, with_weights=True)
         except RuntimeError as error:  # torch's word for no memory

@@ -506,7 +506,7 @@ def _dispatched(
     native_plan: _C.Plan, rows: Tensor, scales: Tensor | None, weights: Tensor | None, *, group: str
 ) -> Dispatched:
     overflow = plan_tensor.overflow_of(native_plan, rows.device)
-    counts_on = "cpu" if overflow.dim() else rows.device  # in static mode counts are for the next kernels
+    counts_on = torch.device("cpu") if overflow.dim() else rows.device  # in static mode counts are for the next kernels
     return Dispatched(
         rows=rows,
         scales=torch.empty(0, dtype=torch.float32, device=rows.device) if scales is None else scales,

@@ -388,10 +388,11 @@ TEST_CASE("also where the kernels of a rank run on two threads") {
 TEST_CASE("also where the kernels are those of a GPU, on some ranks or on all") {
   Options options;
   options.reorder = true;
-  options.device_ranks = 2;
-  run_worlds(300, 1, options);
+  options.device_ranks =
+      2;  // of these worlds each has a capacity that is too small, and tokens that lost rows elsewhere
+  run_worlds(315, 1, options);
   options.device_ranks = 4;
-  run_worlds(400, 1, options);
+  run_worlds(391, 1, options);
   options.one_node = true;  // of four: the order of ranks shows
-  run_worlds(596, 1, options);
+  run_worlds(1700, 1, options);
 }
