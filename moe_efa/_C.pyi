@@ -56,6 +56,9 @@ class Plan:
     @property
     def num_tokens(self) -> int: ...
     @property
+    def device_overflow_ptr(self) -> int | None:
+        """On a device, in static mode: where a block of `memory` begins, with the word that overflow is on the CPU."""
+    @property
     def rows(self) -> int: ...
     @property
     def offsets(self) -> list[int]: ...

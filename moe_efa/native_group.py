@@ -67,12 +67,21 @@ class _Rows(NamedTuple):
     weights: Tensor | None  # of a fresh dispatch
 
 
+class _Results(NamedTuple):
+    """Where a dispatch on a device puts its rows."""
+
+    rows: Tensor
+    scales: Tensor | None  # of FP8 rows
+    weights: Tensor | None  # of a fresh dispatch
+
+
 class _Unplaced(NamedTuple):
-    """A dispatch on a device whose results have no memory yet."""
+    """A dispatch on a device whose results have no place yet."""
 
     dtype: torch.dtype  # of its rows
     is_replay: bool
     plan_memory: tuple[Tensor, ...]
+    results: _Results | None  # in static mode, memory that is there already
 
 
 class NativeGroup:
@@ -211,7 +220,11 @@ class NativeGroup:
         args = self._fresh_args(
             x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output, alone=alone
         )
-        return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x, topk_idx, topk_weights)
+        dtype = torch.float8_e4m3fn if fp8_output else x.dtype
+        results = None
+        if self.on_device and capacity is not None:
+            results = self._static_results(capacity, dtype)
+        return self._start_dispatch(args, dtype, x, topk_idx, topk_weights, results=results)
 
     def start_replay(
         self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = False
@@ -298,16 +311,15 @@ class NativeGroup:
 
     def _place(self, ticket: int) -> _Rows:
         """Wait for the sizes of a dispatch on a device, and give its results memory."""
-        unplaced, hidden_size = self._unplaced.pop(ticket), self.config.hidden_size
+        unplaced = self._unplaced.pop(ticket)
         sizes = self._native.dispatch_sizes(ticket)
         plan = sizes.plan
         try:
-            rows = self.empty(plan.rows, hidden_size, dtype=unplaced.dtype)
-            scales = weights = pulls = None
-            if unplaced.dtype == torch.float8_e4m3fn:
-                scales = self.empty(plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
+            rows, scales, weights = unplaced.results or self._results(
+                plan.rows, unplaced.dtype, with_weights=not unplaced.is_replay
+            )
+            pulls = None
             if not unplaced.is_replay:
-                weights = self.empty(plan.rows, dtype=torch.float32)
                 pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
                 plan.memory = (*unplaced.plan_memory, pulls)
         except BaseException as error:  # no memory: the others wait for this rank's second half
@@ -318,12 +330,29 @@ class NativeGroup:
         self._native.dispatch_place(ticket, _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls))
         return _Rows(plan, rows, scales, weights)
 
-    def _start_dispatch(self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor) -> StartedCall:
+    def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
+        rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None
+        if dtype == torch.float8_e4m3fn:
+            scales = self.empty(num_rows, -(-self.config.hidden_size // BLOCK_SIZE), dtype=torch.float32)
+        if with_weights:
+            weights = self.empty(num_rows, dtype=torch.float32)
+        return _Results(rows, scales, weights)
+
+    def _static_results(self, capacity: int, dtype: torch.dtype) -> _Results:
+        """On a device, before anything is sent: a capacity that is too much memory is this rank's error alone."""
+        try:
+            return self._results(capacity, dtype, with_weights=True)
+        except RuntimeError as error:  # torch's word for no memory
+            raise MemoryError(f"no memory for capacity={capacity}: {error}") from error
+
+    def _start_dispatch(
+        self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor, results: _Results | None = None
+    ) -> StartedCall:
         memory = (*memory, *call.memory)
         started = self._start(dtype, memory, lambda: self._native.dispatch_start(call.args, self._pool()))
         if self.on_device:
             assert started.ticket is not None
-            self._unplaced[started.ticket] = _Unplaced(dtype, call.is_replay, call.memory)
+            self._unplaced[started.ticket] = _Unplaced(dtype, call.is_replay, call.memory, results)
         return started
 
     def _pool(self) -> _C.HostPool | None:

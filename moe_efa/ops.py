@@ -397,7 +397,9 @@ def _dispatch_fake(
             rows=x.new_empty(rows, config.hidden_size, dtype=FP8_DTYPE if output == "fp8" else x.dtype),
             scales=x.new_empty(*_scales_shape(rows, config, output), dtype=torch.float32),
             weights=x.new_empty(rows, dtype=torch.float32),
-            tokens_per_expert=torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
+            tokens_per_expert=x.new_empty(num_local_experts, dtype=torch.int64)
+            if capacity is not None
+            else torch.empty(num_local_experts, dtype=torch.int64, device="cpu"),
             offsets=x.new_empty(num_local_experts + 1, dtype=torch.int32),
             overflow=x.new_empty((0,) if capacity is None else (), dtype=torch.int64),
             plan=torch.empty(1, dtype=plan_tensor.DTYPE, device="cpu"),
@@ -503,13 +505,15 @@ def start_combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str
 def _dispatched(
     native_plan: _C.Plan, rows: Tensor, scales: Tensor | None, weights: Tensor | None, *, group: str
 ) -> Dispatched:
+    overflow = plan_tensor.overflow_of(native_plan, rows.device)
+    counts_on = torch.device("cpu") if overflow.dim() else rows.device  # in static mode counts are for the next kernels
     return Dispatched(
         rows=rows,
         scales=torch.empty(0, dtype=torch.float32, device=rows.device) if scales is None else scales,
         weights=torch.empty(0, dtype=torch.float32, device=rows.device) if weights is None else weights,
-        tokens_per_expert=torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64),
+        tokens_per_expert=torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device=counts_on),
         offsets=torch.tensor(native_plan.offsets, dtype=torch.int32, device=rows.device),
-        overflow=plan_tensor.overflow_of(native_plan),
+        overflow=overflow,
         plan=plan_tensor.wrap(native_plan, group),
     )
 

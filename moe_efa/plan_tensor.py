@@ -62,15 +62,19 @@ def unwrap(tensor: Tensor, group: str) -> _C.Plan:
     return owner.plan
 
 
-def overflow_of(plan: _C.Plan) -> Tensor:
-    """[] int64 of a plan in static mode, [0] of another.
+def overflow_of(plan: _C.Plan, device: torch.device) -> Tensor:
+    """[] int64 of a plan in static mode, [0] of another, on the device of its rows.
 
     A live word: the plan's dispatch and every combine raise it to the capacity that was needed, behind torch's back, as
-    kernels in a CUDA graph would. It keeps the word alive, and not the plan.
+    kernels in a CUDA graph would. It keeps the word alive, and not the plan; on a device, where the word lies in the
+    plan's memory, that as well.
     """
+    if plan.device_overflow_ptr is not None:
+        (block,) = (block for block in plan.memory if block.data_ptr() == plan.device_overflow_ptr)
+        return torch.empty((), dtype=torch.int64, device=device).set_(block.untyped_storage(), 0, (), ())
     flag = plan.overflow
     if flag is None:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device=device)
     storage = torch.frombuffer(flag, dtype=torch.int64).untyped_storage()
     return torch.empty((), dtype=torch.int64).set_(storage, 0, (), ())
 

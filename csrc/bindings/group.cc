@@ -7,6 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "common/status.h"
+#include "kernels/cuda/plan_view.h"
 #include "runtime/device_library.h"
 #include "runtime/group.h"
 
@@ -244,8 +245,13 @@ void bind_group(py::module_& module) {
       .def_property_readonly("rows", &kernels::Plan::rows)
       .def_property_readonly("overflow",
                              [](const kernels::Plan& plan) -> std::optional<OverflowFlag> {
-                               if (!plan.is_static()) return std::nullopt;
+                               if (!plan.is_static() || plan.device_view) return std::nullopt;
                                return OverflowFlag{plan.overflow};
+                             })
+      .def_property_readonly("device_overflow_ptr",
+                             [](const kernels::Plan& plan) -> std::optional<std::uintptr_t> {
+                               if (!plan.is_static() || !plan.device_view) return std::nullopt;
+                               return reinterpret_cast<std::uintptr_t>(plan.device_view->overflow);
                              })
       .def_property_readonly("nbytes", &kernels::Plan::nbytes);
 

@@ -75,7 +75,8 @@ struct Plan {
                                                            // for: 0, or the capacity that the mate which lost rows of
                                                            // the chunk needed. Empty: no mate lost any
   std::shared_ptr<std::int64_t> overflow;  // for the user: 0, or the capacity that this rank's tokens, or its experts,
-                                           // needed and some rank did not have. It only grows
+                                           // needed and some rank did not have. It only grows. With a device_view,
+                                           // whose word is the user's, what is known of the experts alone
 
   bool is_static() const { return capacity != kExact; }
   std::int64_t usable_rows() const { return is_static() ? capacity - capacity % expert_alignment : INT64_MAX; }

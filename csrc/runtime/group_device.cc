@@ -37,7 +37,6 @@ void Group::close_device() {
 
 std::shared_ptr<kernels::Plan> Group::new_device_plan(const DispatchRequest& request) const {
   auto invalid = [](const std::string& text) { throw StatusError({StatusCode::kInvalid, -1, -1, -1, -1, text}); };
-  if (request.capacity != kernels::Plan::kExact) invalid("a capacity: static mode is for tensors on the CPU so far");
   if (request.num_tokens > config_.max_tokens_per_rank) {
     invalid(std::to_string(request.num_tokens) + " tokens, where max_tokens_per_rank is " +
             std::to_string(config_.max_tokens_per_rank));
@@ -46,6 +45,8 @@ std::shared_ptr<kernels::Plan> Group::new_device_plan(const DispatchRequest& req
   auto plan = std::make_shared<kernels::Plan>();
   plan->num_tokens = request.num_tokens;
   plan->expert_alignment = request.expert_alignment;
+  plan->capacity = request.capacity;
+  if (plan->is_static()) plan->overflow = std::make_shared<std::int64_t>(0);
   plan->send.resize(config_.topology.num_nodes());
   return plan;
 }

@@ -186,7 +186,7 @@ def check_round(world: World) -> None:
                 world.expert_alignment,
                 None if plan.capacity is None else plan.capacity[rank],
             )
-            overflow = plan_tensor.overflow_of(native_plan)
+            overflow = plan_tensor.overflow_of(native_plan, rows.device)
             assert overflow.shape == (() if world.room else (0,))
             if world.room:
                 assert int(overflow) == plan.overflow_of_experts(rank), what + "overflow after dispatch"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
-from moe_efa import ExpertParallel, plan_tensor, reference
+from moe_efa import ExpertParallel, ops, plan_tensor, reference
 from moe_efa.testing import assert_bitwise
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 16, 4, 2, 6
@@ -185,6 +186,16 @@ def test_the_flag_outlives_the_plan_and_keeps_nothing_of_it(ep: ExpertParallel) 
     assert plan_tensor.num_alive() == others
     assert overflow is not None
     assert int(overflow) == int(copied) == 2 * TOKENS
+
+
+def test_padding_is_found_without_the_host(ep: ExpertParallel) -> None:
+    """As on a GPU, where a loop over the experts would wait for it."""
+    x, topk_idx, topk_weights = make_inputs(grad=False)
+    one_expert = torch.full_like(topk_idx, 2)
+    for idx, capacity in itertools.product((topk_idx, one_expert, one_expert - 3), (None, 0, 1, 5, 2 * TOKENS, 30)):
+        d = ep.dispatch(x, idx, topk_weights, capacity=capacity, expert_alignment=2)
+        padding = ops._is_padding(plan_tensor.unwrap(d.handle.plan, ep._group), d.weights)
+        assert_bitwise(padding, d.weights == 0)
 
 
 def test_calls_in_halves(ep: ExpertParallel) -> None:

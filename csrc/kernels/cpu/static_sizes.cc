@@ -42,10 +42,13 @@ bool StaticSizes::any_lost() const {
                      [](const Output& output) { return output.required > output.usable; });
 }
 
+std::uint32_t StaticSizes::room(std::uint32_t source_node, std::uint32_t expert) const {
+  std::int64_t first = bases_[std::size_t{source_node} * experts_per_node_ + expert];
+  return static_cast<std::uint32_t>(std::max<std::int64_t>(0, outputs_[expert / experts_per_rank_].usable - first));
+}
+
 std::uint64_t StaticSizes::overflow(std::uint32_t source_node, std::uint32_t expert, std::uint32_t index) const {
-  const Output& output = outputs_[expert / experts_per_rank_];
-  std::int64_t row = bases_[std::size_t{source_node} * experts_per_node_ + expert] + index;
-  return row < output.usable ? 0 : static_cast<std::uint64_t>(output.required);
+  return index < room(source_node, expert) ? 0 : required(expert / experts_per_rank_);
 }
 
 }  // namespace moe_efa::kernels::cpu

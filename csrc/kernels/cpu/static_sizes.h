@@ -19,6 +19,11 @@ class StaticSizes {
   void finish();  // once all are in
 
   bool any_lost() const;
+  // What the mate would have needed, in rows.
+  std::uint64_t required(std::uint32_t mate) const { return static_cast<std::uint64_t>(outputs_[mate].required); }
+  // How many rows of source (source_node, own local rank) the rank of an expert of this node has room for, at most
+  // 2^31; those of lower indices.
+  std::uint32_t room(std::uint32_t source_node, std::uint32_t expert) const;
   // Of a row of source (source_node, own local rank) for an expert of this node: 0 if the expert's rank has room for
   // it, otherwise the capacity that it needed.
   std::uint64_t overflow(std::uint32_t source_node, std::uint32_t expert, std::uint32_t index) const;

@@ -7,6 +7,7 @@
 //   add(word, n), add_acq_rel(word, n)                old value; among threads of the device
 //   compare_swap(word, from, to)                     was it `from`? Orders what follows after what led to `from`
 //   load_relaxed(word)                                a word that another block changes
+//   raise(word, v)                                    word = max(word, v), 64 bits, in no order with anything else
 //   load_acquire(word), store_release(word, v)        words that ranks, the driver and the NIC's side share (system)
 //   load(vec), load_fresh(vec), store(vec, v)         16 bytes; fresh: written while the kernel runs, past the L1
 //   now_ns(), pause()                                 for waits, which all are bounded (I5)

@@ -298,6 +298,12 @@ MOE_EFA_DEVICE void forward_rows(Block& block, const CombineArgs& args, std::uin
   }
 }
 
+// What the user reads, where the result of a token of this rank lacks rows.
+template <class Block>
+MOE_EFA_DEVICE void raise_overflow(Block& block, const CombineArgs& args, std::uint64_t required) {
+  if (required > 0) block.raise(args.plan.overflow, required);
+}
+
 template <class Block>
 MOE_EFA_DEVICE void forward_body(Block& block, const CombineArgs& args, std::uint32_t num_blocks,
                                  CombineShared& shared) {
@@ -349,6 +355,7 @@ MOE_EFA_DEVICE void forward_body(Block& block, const CombineArgs& args, std::uin
       header.plan_id = args.call->plan_id;
       header.rows = facts.rows_in(chunk);
       header.first_row = facts.first_row(chunk);
+      header.required_capacity = overflow_of(args.plan, node, chunk);
       header.total_bytes =
           static_cast<std::uint32_t>(proto::combine_chunk_bytes(grads, facts.rows_in(chunk), config.top_k, row_bytes));
       *reinterpret_cast<proto::ChunkHeader*>(slot) = header;
@@ -356,6 +363,8 @@ MOE_EFA_DEVICE void forward_body(Block& block, const CombineArgs& args, std::uin
     forward_rows(block, args, node, chunk, seq, slot, shared);
     block.sync();
     if (block.thread() == 0) {
+      // The result is where it belongs, and what it lacks is known here.
+      if (nodes == 1) raise_overflow(block, args, overflow_of(args.plan, 0, chunk));
       arrive_in_order(
           block, args.ring_arrivals + rings[node].first_chunk, chunk, facts.num_chunks,
           [](std::uint32_t) { return 1u; },
@@ -421,10 +430,14 @@ MOE_EFA_DEVICE bool await_chunk(Block& block, const CombineArgs& args, const Wat
   expected.rows = facts.rows_in(chunk);
   expected.first_row = facts.first_row(chunk);
   expected.dtype = args.wire_dtype;
+  expected.may_overflow = args.plan.overflow != nullptr;
   HeaderMismatch wrong = check_header(header, expected, view.layout.config());
-  if (wrong.part == HeaderPart::kAll) return true;
-  report(block, watch, fault_of(args, what_of(wrong.part), peer, seq, wrong.expected, wrong.got));
-  return false;
+  if (wrong.part != HeaderPart::kAll) {
+    report(block, watch, fault_of(args, what_of(wrong.part), peer, seq, wrong.expected, wrong.got));
+    return false;
+  }
+  raise_overflow(block, args, header.required_capacity);
+  return true;
 }
 
 // For one warp: a token's result, once all that belongs to it is here. False after a fault.

@@ -52,6 +52,9 @@ struct CudaBlock {
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(global(word)) : "memory");
     return value;
   }
+  __device__ void raise(std::uint64_t* word, std::uint64_t value) {
+    asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" : : "l"(global(word)), "l"(value) : "memory");
+  }
   __device__ std::uint64_t load_acquire(const std::uint64_t* word) {
     std::uint64_t value;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(global(word)) : "memory");

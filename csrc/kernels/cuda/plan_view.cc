@@ -67,6 +67,14 @@ FlatPlan::FlatPlan(const Plan& plan, const std::vector<std::uint32_t>& num_pulls
     std::copy(plan.masks[node].begin(), plan.masks[node].end(),
               reinterpret_cast<std::uint8_t*>(bytes_.data() + masks_at_ + first_mask[node]));
   }
+  if (!plan.is_static()) return;
+  std::vector<std::uint64_t> chunk_overflow(std::size_t{view_.num_nodes} * view_.ring_chunks);
+  for (std::size_t node = 0; node < plan.chunk_overflow.size(); ++node) {
+    std::copy(plan.chunk_overflow[node].begin(), plan.chunk_overflow[node].end(),
+              chunk_overflow.begin() + static_cast<std::ptrdiff_t>(node * view_.ring_chunks));
+  }
+  overflow_at_ = take(std::vector<std::int64_t>{*plan.overflow});
+  chunk_overflow_at_ = take(chunk_overflow);
 }
 
 PlanView FlatPlan::place(std::byte* base) {
@@ -85,6 +93,10 @@ PlanView FlatPlan::place(std::byte* base) {
   view.pulls = reinterpret_cast<PullEntry*>(base + pulls_at_);
   view.first_mask = reinterpret_cast<const std::uint32_t*>(base + first_mask_at_);
   view.masks = reinterpret_cast<std::uint8_t*>(base + masks_at_);
+  if (overflow_at_ > 0) {
+    view.overflow = reinterpret_cast<std::uint64_t*>(base + overflow_at_);
+    view.chunk_overflow = reinterpret_cast<std::uint64_t*>(base + chunk_overflow_at_);
+  }
   return view;
 }
 
@@ -101,6 +113,9 @@ void read_back(const PlanView& view, Plan* plan) {
   for (std::uint32_t node = 0; node < view.num_nodes; ++node) {
     std::vector<std::uint8_t>& mask = plan->masks[node];
     std::copy_n(view.masks + view.first_mask[node], mask.size(), mask.begin());
+    if (plan->chunk_overflow.empty()) continue;
+    std::vector<std::uint64_t>& overflow = plan->chunk_overflow[node];
+    std::copy_n(view.chunk_overflow + std::size_t{node} * view.ring_chunks, overflow.size(), overflow.begin());
   }
 }
 

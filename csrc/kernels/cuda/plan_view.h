@@ -42,6 +42,9 @@ struct PlanView {
   PullEntry* pulls;                 // of each chunk in row order
   const std::uint32_t* first_mask;  // [num_nodes]: bytes
   std::uint8_t* masks;
+  // Of static mode, otherwise null.
+  std::uint64_t* overflow;        // Plan::overflow: kernels raise it, and the user reads it at any moment
+  std::uint64_t* chunk_overflow;  // [num_nodes * ring_chunks]: Plan::chunk_overflow
 };
 
 // Which of this rank's rows a mate has experts for: Plan::mask.
@@ -50,6 +53,11 @@ MOE_EFA_HOST_DEVICE inline std::uint64_t mask_of(const PlanView& plan, std::uint
   std::uint64_t mask = 0;
   for (std::uint32_t i = 0; i < plan.mask_bytes; ++i) mask |= std::uint64_t{bytes[i]} << (8 * i);
   return mask;
+}
+
+// Of a chunk of the source (node, own local rank): Plan::overflow_of.
+MOE_EFA_HOST_DEVICE inline std::uint64_t overflow_of(const PlanView& plan, std::uint32_t node, std::uint32_t chunk) {
+  return plan.chunk_overflow == nullptr ? 0 : plan.chunk_overflow[std::size_t{node} * plan.ring_chunks + chunk];
 }
 
 // The arrays of `plan`, which may be a send plan (nothing to pull yet), a plan whose sizes are known but which pulled
@@ -73,10 +81,11 @@ class FlatPlan {
   std::vector<RingView> rings_;
   std::vector<std::size_t> send_offsets_;  // of row_token, entry_begin, entries for each node
   std::size_t send_at_ = 0, rings_at_ = 0, pull_begin_at_ = 0, pull_count_at_ = 0, pulls_at_ = 0, first_mask_at_ = 0,
-              masks_at_ = 0;
+              masks_at_ = 0, overflow_at_ = 0, chunk_overflow_at_ = 0;
 };
 
-// The inverse, for what a fresh dispatch has filled in: pulls and masks of a plan whose rings are known.
+// The inverse, for what a fresh dispatch has filled in: pulls, masks and chunk_overflow of a plan whose rings are
+// known.
 void read_back(const PlanView& view, Plan* plan);
 
 }  // namespace moe_efa::kernels::cuda

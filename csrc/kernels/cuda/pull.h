@@ -29,11 +29,16 @@ struct PullArgs {
   const std::int64_t* expert_base;        // the same shape: where they start in the output
   const std::int64_t* tokens_per_expert;  // [experts_per_rank]
   const std::int64_t* offsets;            // [experts_per_rank + 1]
-  void* x;                                // [rows, hidden_size] in out_dtype
-  float* weights;                         // [rows]; null in a replay
-  float* scales;                          // [rows, fp8_blocks(hidden_size)]; of FP8 rows only
-  std::uint32_t* arrivals;                // [plan.num_chunks], zeros before and after
-  std::uint32_t* pulled;                  // [num_rings], zeros before and after
+  std::int64_t num_rows;                  // of the output: offsets' last, or more in static mode
+  std::int64_t usable_rows;               // Plan::usable_rows
+  // Of static mode where a rank of the node lost rows, otherwise null.
+  const std::uint32_t* room;  // [num_nodes * experts of the node]: rows of the source (node, own local rank) that fit
+  const std::uint64_t* required;  // [node_size]: the capacity that each rank of the node needed
+  void* x;                        // [rows, hidden_size] in out_dtype
+  float* weights;                 // [rows]; null in a replay
+  float* scales;                  // [rows, fp8_blocks(hidden_size)]; of FP8 rows only
+  std::uint32_t* arrivals;        // [plan.num_chunks], zeros before and after
+  std::uint32_t* pulled;          // [num_rings], zeros before and after
   Watch watch;
 };
 

@@ -19,6 +19,8 @@ MOE_EFA_DEVICE std::uint32_t scan_exclusive(Block& block, std::uint32_t value) {
   return sum - value;
 }
 
+inline constexpr std::uint32_t kRowsAtOnce = 64;  // that a block clears
+
 // Where a chunk comes from.
 struct PullPart {
   std::uint32_t local, node, ring, chunk;
@@ -75,6 +77,16 @@ MOE_EFA_DEVICE bool read_metadata(Block& block, const PullArgs& args, const Pull
   const std::uint32_t* counts = args.expert_counts + std::size_t{source} * config.experts_per_rank;
   const std::int64_t* base = args.expert_base + std::size_t{source} * config.experts_per_rank;
   std::uint32_t own_local = args.view.topology.local_rank(), first_expert = own_local * config.experts_per_rank;
+  // Of whom mates keep rows: what this rank forwards.
+  bool own_rail = part.local == own_local;
+  const std::uint32_t* room = own_rail && args.room != nullptr
+                                  ? args.room + std::size_t{part.node} * config.experts_per_rank * config.node_size
+                                  : nullptr;
+  std::uint64_t* overflow = own_rail && args.plan.chunk_overflow != nullptr
+                                ? args.plan.chunk_overflow + std::size_t{part.node} * args.plan.ring_chunks + part.chunk
+                                : nullptr;
+  if (overflow != nullptr && lane == 0) *overflow = 0;
+  block.sync_warp();
   std::uint32_t begin = 0;
   MOE_EFA_NO_UNROLL
   for (std::uint32_t round = 0; round < 2; ++round) {
@@ -100,7 +112,12 @@ MOE_EFA_DEVICE bool read_metadata(Block& block, const PullArgs& args, const Pull
           got = entry.expert;
           break;
         }
-        mask |= std::uint64_t{1} << entry.expert / config.experts_per_rank;
+        std::uint32_t mate = entry.expert / config.experts_per_rank;
+        if (room == nullptr || entry.index < room[entry.expert]) {
+          mask |= std::uint64_t{1} << mate;
+        } else if (round == 1) {
+          block.raise(overflow, args.required[mate]);
+        }
         std::uint32_t expert = entry.expert - first_expert;  // wraps for experts of lower mates
         if (expert >= config.experts_per_rank) continue;
         if (entry.index >= counts[expert]) {
@@ -110,7 +127,7 @@ MOE_EFA_DEVICE bool read_metadata(Block& block, const PullArgs& args, const Pull
           got = entry.index;
           break;
         }
-        ++own_count;
+        if (base[expert] + entry.index < args.usable_rows) ++own_count;
       }
       std::uint32_t refused = block.ballot(bad);
       if (refused != 0) {
@@ -125,11 +142,13 @@ MOE_EFA_DEVICE bool read_metadata(Block& block, const PullArgs& args, const Pull
           proto::RowEntry entry = entries[i];
           std::uint32_t expert = entry.expert - first_expert;
           if (expert >= config.experts_per_rank) continue;
-          auto out_row = static_cast<std::uint32_t>(base[expert] + entry.index);
+          std::int64_t place = base[expert] + entry.index;
+          if (place >= args.usable_rows) continue;
+          auto out_row = static_cast<std::uint32_t>(place);
           *to++ = {row << PullEntry::kTopKBits | entry.topk_pos, out_row};
           args.weights[out_row] = entry.weight;
         }
-        if (part.local == own_local) {
+        if (own_rail) {
           std::uint8_t* bytes = args.plan.masks + args.plan.first_mask[part.node] +
                                 std::size_t{shared.header.first_row + row} * args.plan.mask_bytes;
           for (std::uint32_t i = 0; i < args.plan.mask_bytes; ++i) bytes[i] = static_cast<std::uint8_t>(mask >> 8 * i);
@@ -225,11 +244,10 @@ MOE_EFA_DEVICE void pull_row(Block& block, const PullArgs& args, const std::byte
   spread_columns(block, bf16, sink, pulls, count, hidden_size);
 }
 
-// The rows between an expert's own and the next expert's.
+// Rows [begin, end) of the output become padding.
 template <class Block>
-MOE_EFA_DEVICE void clear_padding(Block& block, const PullArgs& args, std::uint32_t expert) {
+MOE_EFA_DEVICE void clear_rows(Block& block, const PullArgs& args, std::uint64_t begin, std::uint64_t end) {
   std::uint32_t hidden_size = args.view.layout.config().hidden_size;
-  std::uint64_t begin = args.offsets[expert] + args.tokens_per_expert[expert], end = args.offsets[expert + 1];
   std::uint64_t stride = std::uint64_t{hidden_size} * proto::dtype_bytes(args.out_dtype);
   auto* out = static_cast<std::uint8_t*>(args.x);
   bool wide = is_aligned(out) && stride % sizeof(Vec16) == 0;
@@ -249,6 +267,18 @@ MOE_EFA_DEVICE void clear_padding(Block& block, const PullArgs& args, std::uint3
   for (std::uint64_t i = begin + block.thread(); !args.replay && i < end; i += block.num_threads()) {
     args.weights[i] = 0.0f;
   }
+}
+
+// Piece `index` of what is padding: the rows between an expert's own and the next expert's, then those behind all
+// experts, kRowsAtOnce at a time.
+template <class Block>
+MOE_EFA_DEVICE void clear_padding(Block& block, const PullArgs& args, std::uint32_t index) {
+  std::uint32_t experts = args.view.layout.config().experts_per_rank;
+  if (index < experts) {
+    return clear_rows(block, args, args.offsets[index] + args.tokens_per_expert[index], args.offsets[index + 1]);
+  }
+  std::int64_t begin = args.offsets[experts] + std::int64_t{index - experts} * kRowsAtOnce, end = begin + kRowsAtOnce;
+  clear_rows(block, args, begin, end < args.num_rows ? end : args.num_rows);
 }
 
 template <class Block>
@@ -322,7 +352,9 @@ MOE_EFA_DEVICE void pull_body(Block& block, const PullArgs& args, std::uint32_t 
   const proto::NodeView& view = args.view;
   std::uint32_t nodes = view.topology.num_nodes(), mates = view.topology.node_size;
   std::uint32_t chunks = args.plan.ring_chunks * args.plan.num_rings;
-  std::uint32_t count = chunks + view.layout.config().experts_per_rank;
+  std::uint32_t experts = view.layout.config().experts_per_rank;
+  auto behind = static_cast<std::uint32_t>(args.num_rows - args.offsets[experts]);
+  std::uint32_t count = chunks + experts + common::ceil_div(behind, kRowsAtOnce);
   std::uint32_t ticket;
   while (take_ticket(block, args.watch, shared.tickets, count, &ticket)) {
     if (ticket >= chunks) {

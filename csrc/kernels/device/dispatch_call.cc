@@ -34,6 +34,11 @@ DispatchCall::DispatchCall(const CallContext& context, State& state, const Dispa
   if (!replay_) args_.plan->plan_id = own_.epoch;
   own_.plan_id = args_.plan->plan_id;
   own_.flags = replay_ ? proto::kFlagReplay : 0;
+  if (!replay_ && args_.plan->is_static()) {
+    own_.flags = proto::kFlagStatic;
+    own_.capacity = static_cast<std::uint32_t>(args_.plan->capacity);
+    own_.expert_alignment = args_.plan->expert_alignment;
+  }
   own_.dtype = args_.wire_dtype;
   rings_.emplace(context_, own_, *args_.plan);
 }
@@ -178,6 +183,39 @@ void DispatchCall::set_output(const DispatchOutput& output, void* plan_memory) {
   output_set_ = true;
 }
 
+// [ring]: rows for this rank's experts that it has room for.
+std::vector<std::uint32_t> DispatchCall::pulls_of_rings() const {
+  const proto::NodeView& view = context_.view;
+  const proto::LayoutConfig& config = view.layout.config();
+  std::vector<std::uint32_t> pulls(state_.num_rings());
+  for (std::uint32_t rank = 0; rank < view.topology.num_ranks; ++rank) {
+    std::uint32_t& of_ring = pulls[rank % config.node_size * config.num_nodes + rank / config.node_size];
+    for (std::uint32_t i = 0; i < config.experts_per_rank; ++i) {
+      std::size_t at = std::size_t{rank} * config.experts_per_rank + i;
+      std::int64_t room = std::max<std::int64_t>(0, args_.plan->usable_rows() - rings_->expert_base()[at]);
+      of_ring += static_cast<std::uint32_t>(std::min<std::int64_t>(room, rings_->expert_counts()[at]));
+    }
+  }
+  return pulls;
+}
+
+// What this rank forwards, its mates may have no room for.
+void DispatchCall::upload_losses(Upload& upload, cuda::PullArgs& pull) const {
+  const cpu::StaticSizes* sizes = rings_->static_sizes();
+  if (sizes == nullptr || !sizes->any_lost()) return;
+  const proto::LayoutConfig& config = context_.view.layout.config();
+  std::vector<std::uint32_t> room;
+  std::vector<std::uint64_t> required;
+  for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
+    for (std::uint32_t expert = 0; expert < config.experts_per_rank * config.node_size; ++expert) {
+      room.push_back(sizes->room(node, expert));
+    }
+  }
+  for (std::uint32_t mate = 0; mate < config.node_size; ++mate) required.push_back(sizes->required(mate));
+  pull.room = upload.add(room.data(), room.size());
+  pull.required = upload.add(required.data(), required.size());
+}
+
 void DispatchCall::queue_pull() {
   const proto::NodeView& view = context_.view;
   const proto::LayoutConfig& config = view.layout.config();
@@ -192,18 +230,15 @@ void DispatchCall::queue_pull() {
   Upload upload(phase_.staging + used, phase_.arguments + used, phase_.arguments_bytes - used);
   pull.rings = upload.add(rings.data(), rings.size());
   if (!replay_) {
-    std::vector<std::uint32_t> num_pulls(num_rings);
     const std::vector<std::uint32_t>& counts = rings_->expert_counts();
-    for (std::uint32_t rank = 0; rank < view.topology.num_ranks; ++rank) {
-      std::uint32_t& of_ring = num_pulls[rank % config.node_size * nodes + rank / config.node_size];
-      for (std::uint32_t i = 0; i < config.experts_per_rank; ++i) of_ring += counts[rank * config.experts_per_rank + i];
-    }
+    std::vector<std::uint32_t> num_pulls = pulls_of_rings();
     Upload tables(phase_.staging + phase_.arguments_bytes, plan_memory_, phase_.staging_bytes - phase_.arguments_bytes);
     place_pulls(plan, config, view.topology.local_rank(), num_pulls.data(), plan_memory_, tables,
                 plan.device_view.get());
     tables.queue(device, launch_.stream());
     pull.expert_counts = upload.add(counts.data(), counts.size());
     pull.expert_base = upload.add(rings_->expert_base().data(), counts.size());
+    upload_losses(upload, pull);
     // The bound that the first launch had to take has done its work.
     plan.device_view->send_chunks = plan.device_view->send_chunk_rows = 0;
     for (const SendPlan& send : plan.send) {
@@ -219,6 +254,8 @@ void DispatchCall::queue_pull() {
   pull.plan = *plan.device_view;
   pull.out_dtype = args_.out_dtype;
   pull.replay = replay_;
+  pull.num_rows = plan.rows();
+  pull.usable_rows = plan.usable_rows();
   pull.call = pack_.call;
   pull.x = output_.x;
   pull.weights = output_.weights;

@@ -11,6 +11,7 @@
 #include "kernels/cpu/announced_rings.h"
 #include "kernels/device/launch.h"
 #include "kernels/device/state.h"
+#include "kernels/device/upload.h"
 #include "kernels/launch.h"
 
 namespace moe_efa::kernels::device {
@@ -45,6 +46,8 @@ class DispatchCall {
   void queue_first_pack();
   bool read_send_sizes();
   void announce_call();
+  std::vector<std::uint32_t> pulls_of_rings() const;
+  void upload_losses(Upload& upload, cuda::PullArgs& pull) const;
   void queue_pull();
 
   CallContext context_;

@@ -8,7 +8,7 @@ namespace {
 
 // Offsets in the second block.
 struct PullOffsets {
-  std::size_t pull_begin, pull_count, pulls, masks, end;
+  std::size_t pull_begin, pull_count, pulls, masks, chunk_overflow, end;
 };
 
 std::size_t num_pulls(const Plan& plan) {
@@ -18,13 +18,16 @@ std::size_t num_pulls(const Plan& plan) {
 }
 
 PullOffsets offsets_of(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank) {
-  std::size_t chunks = 0, masks = 0;
-  for (const RingFacts& ring : plan.rings) chunks += ring.num_chunks;
+  std::size_t chunks = 0, most_chunks = 0, masks = 0;
+  for (const RingFacts& ring : plan.rings) {
+    chunks += ring.num_chunks;
+    most_chunks = std::max<std::size_t>(most_chunks, ring.num_chunks);
+  }
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
     masks += std::size_t{plan.rings[local_rank * config.num_nodes + node].rows} * plan.mask_bytes;
   }
   PullOffsets offsets{};
-  std::size_t end = aligned(plan.rings.size() * sizeof(cuda::RingView)) + aligned(config.num_nodes * 4);
+  std::size_t end = table_bytes(config);
   auto take = [&end](std::size_t bytes) {
     std::size_t at = end;
     end += aligned(bytes);
@@ -34,6 +37,7 @@ PullOffsets offsets_of(const Plan& plan, const proto::LayoutConfig& config, std:
   offsets.pull_count = take(chunks * 4);
   offsets.pulls = take(num_pulls(plan) * sizeof(PullEntry));
   offsets.masks = take(masks);
+  offsets.chunk_overflow = take(plan.is_static() ? config.num_nodes * most_chunks * 8 : 0);
   offsets.end = end;
   return offsets;
 }
@@ -49,6 +53,11 @@ SendMemory place_send(const proto::LayoutConfig& config, std::byte* memory) {
           reinterpret_cast<std::uint32_t*>(memory + aligned(config.num_nodes * sizeof(cuda::SendView)))};
 }
 
+std::size_t table_bytes(const proto::LayoutConfig& config) {
+  std::size_t rings = std::size_t{config.node_size} * config.num_nodes;
+  return aligned(rings * sizeof(cuda::RingView)) + aligned(config.num_nodes * 4) + aligned(8);
+}
+
 std::size_t pull_bytes(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank) {
   return offsets_of(plan, config, local_rank).end;
 }
@@ -61,6 +70,10 @@ void place_pulls(const Plan& plan, const proto::LayoutConfig& config, std::uint3
   view->num_rings = static_cast<std::uint32_t>(plan.rings.size());
   view->mask_bytes = plan.mask_bytes;
   view->num_chunks = view->ring_chunks = 0;
+  std::uint64_t* overflow_placed;
+  std::uint64_t* overflow = tables.add<std::uint64_t>(1, &overflow_placed);
+  *overflow = plan.is_static() ? static_cast<std::uint64_t>(*plan.overflow) : 0;  // of this rank's experts
+  view->overflow = plan.is_static() ? overflow_placed : nullptr;
   cuda::RingView* rings_placed;
   cuda::RingView* rings = tables.add<cuda::RingView>(plan.rings.size(), &rings_placed);
   std::uint32_t first_pull = 0;
@@ -82,6 +95,7 @@ void place_pulls(const Plan& plan, const proto::LayoutConfig& config, std::uint3
   view->pull_count = reinterpret_cast<std::uint32_t*>(memory + offsets.pull_count);
   view->pulls = reinterpret_cast<PullEntry*>(memory + offsets.pulls);
   view->masks = reinterpret_cast<std::uint8_t*>(memory + offsets.masks);
+  view->chunk_overflow = plan.is_static() ? reinterpret_cast<std::uint64_t*>(memory + offsets.chunk_overflow) : nullptr;
 }
 
 }  // namespace moe_efa::kernels::device

@@ -1,5 +1,6 @@
 // Where a plan lies on a device: two blocks of bytes that its handle keeps. The first holds what plan makes and replays
-// read, the second, whose size is known once all sources have announced theirs, what pull makes and combine reads.
+// read, the second, whose size is known once all sources have announced theirs, what pull makes and combine reads, and
+// in static mode, first of all, the word that tells the user what is lost.
 #pragma once
 
 #include <cstddef>
@@ -21,11 +22,14 @@ struct SendMemory {
 std::size_t send_bytes(const proto::LayoutConfig& config, std::uint32_t num_tokens);
 SendMemory place_send(const proto::LayoutConfig& config, std::byte* memory);
 
+// What place_pulls puts into `tables`.
+std::size_t table_bytes(const proto::LayoutConfig& config);
 // Of a plan whose rings and sizes are known.
 std::size_t pull_bytes(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank);
 
 // Lays out `memory` for the plan's pulls and masks, puts what is known of them into `tables` (to be copied to the start
-// of `memory`) and completes `view`. pulls[ring]: rows of the ring for this rank's experts.
+// of `memory`) and completes `view`. pulls[ring]: rows of the ring for this rank's experts that it
+// has room for.
 void place_pulls(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank,
                  const std::uint32_t* pulls, std::byte* memory, Upload& tables, cuda::PlanView* view);
 

@@ -4,6 +4,7 @@
 
 #include "common/math.h"
 #include "common/status.h"
+#include "kernels/device/plan_memory.h"
 #include "kernels/device/upload.h"
 
 namespace moe_efa::kernels::device {
@@ -32,9 +33,10 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
     std::size_t words = (nodes + rings) * most_chunks_ + 2 * rings;
     if (dispatch) {
       phase.arguments_bytes += aligned(rings * sizeof(cuda::RingCall)) + aligned(num_experts * 4) +
-                               aligned(num_experts * 8) + 2 * aligned((layout.experts_per_rank + 1) * 8);
+                               aligned(num_experts * 8) + 2 * aligned((layout.experts_per_rank + 1) * 8) +
+                               aligned(num_experts * 4) + aligned(layout.node_size * 8);
       // Beside the arguments: the tables of a plan.
-      phase.staging_bytes = phase.arguments_bytes + aligned(rings * sizeof(cuda::RingView)) + aligned(nodes * 4);
+      phase.staging_bytes = phase.arguments_bytes + table_bytes(layout);
     }
     phase.staging = take_host<std::byte>(phase.staging_bytes);
     phase.arguments = take_device<std::byte>(phase.arguments_bytes);

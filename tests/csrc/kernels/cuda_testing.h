@@ -14,6 +14,7 @@
 #include "emulated_block.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/cpu/plan.h"
+#include "kernels/cpu/static_sizes.h"
 #include "kernels/cuda/plan_view.h"
 #include "kernels/launch.h"
 #include "kernels/row_math.h"
@@ -173,6 +174,7 @@ struct Incoming {
         plan.num_tokens = tokens;
       }
       const kernels::SendPlan& to_us = send->send[node];
+      node_counts.push_back(to_us.expert_counts);
       plan.rings[ring] = to_us.facts;
       plan.pulls[ring].resize(to_us.facts.num_chunks);
       if (local == own_local) plan.masks[from_node].assign(to_us.facts.rows, 0);
@@ -207,6 +209,48 @@ struct Incoming {
     }
   }
 
+  // Static mode: this rank and its mate have so many percent of the rows that they need.
+  void limit(std::int64_t own_percent, std::int64_t mate_percent) {
+    const proto::LayoutConfig& config = own->config;
+    std::uint32_t per_rank = config.experts_per_rank, nodes = config.num_nodes;
+    std::int64_t needed[2] = {0, 0};
+    for (std::uint32_t expert = 0; expert < 2 * per_rank; ++expert) {
+      std::int64_t rows = 0;
+      for (const auto& of_source : node_counts) rows += of_source[expert];
+      needed[expert / per_rank] += common::round_up<std::int64_t>(rows, 8);
+    }
+    sizes.emplace(own->view);
+    plan.capacity = needed[0] * own_percent / 100;
+    plan.expert_alignment = 8;
+    sizes->set_output(0, static_cast<std::uint32_t>(plan.capacity), 8);
+    sizes->set_output(1, static_cast<std::uint32_t>(needed[1] * mate_percent / 100), 8);
+    for (std::uint32_t rank = 0; rank < node_counts.size(); ++rank) sizes->set_counts(rank, node_counts[rank].data());
+    sizes->finish();
+
+    std::int64_t usable = plan.usable_rows();
+    plan.overflow = std::make_shared<std::int64_t>(needed[0] > usable ? needed[0] : 0);
+    num_pulls.assign(num_pulls.size(), 0);
+    for (std::uint32_t rank = 0; rank < node_counts.size(); ++rank) {
+      for (std::uint32_t i = rank * per_rank; i < (rank + 1) * per_rank; ++i) {
+        std::int64_t end = std::min(base[i] + counts[i], usable);
+        num_pulls[rank % 2 * nodes + rank / 2] += static_cast<std::uint32_t>(std::max<std::int64_t>(0, end - base[i]));
+      }
+    }
+    for (std::uint32_t expert = 0; expert < per_rank; ++expert) {
+      std::int64_t end = std::min(plan.offsets[expert] + plan.tokens_per_expert[expert], usable);
+      plan.offsets[expert] = std::min(plan.offsets[expert], usable);
+      plan.tokens_per_expert[expert] = end - plan.offsets[expert];
+    }
+    plan.offsets.back() = std::min(plan.offsets.back(), usable);
+    if (!sizes->any_lost()) return;
+    for (std::uint32_t node = 0; node < nodes; ++node) {
+      plan.chunk_overflow.emplace_back(plan.rings[node].num_chunks, 0);
+      for (std::uint32_t expert = 0; expert < 2 * per_rank; ++expert) room.push_back(sizes->room(node, expert));
+    }
+    required = {sizes->required(0), sizes->required(1)};
+  }
+  const kernels::cpu::StaticSizes* static_sizes() const { return sizes ? &*sizes : nullptr; }
+
   static std::uint64_t first_seq(std::uint32_t ring) { return 2 + ring * 3; }
   void arrive(std::uint32_t local, std::uint32_t node, std::uint64_t seq, bool there = true) {
     *own->view.word(local, own->view.layout.arrived(proto::Phase::kDispatch, node, seq)) = there ? seq + 1 : 0;
@@ -218,6 +262,11 @@ struct Incoming {
   kernels::Plan plan;  // sizes only: a pull fills in the rest
   std::vector<std::uint32_t> counts, num_pulls;
   std::vector<std::int64_t> base;
+  std::vector<std::vector<std::uint32_t>> node_counts;  // [rank][expert of the node]
+  // Of limit(); room and required where anything is lost.
+  std::optional<kernels::cpu::StaticSizes> sizes;
+  std::vector<std::uint32_t> room;
+  std::vector<std::uint64_t> required;
 };
 
 }  // namespace moe_efa::testing

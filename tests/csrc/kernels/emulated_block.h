@@ -209,6 +209,11 @@ class EmulatedBlock {
     return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
   }
   std::uint32_t load_relaxed(const std::uint32_t* word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+  void raise(std::uint64_t* word, std::uint64_t value) {
+    std::uint64_t old = __atomic_load_n(word, __ATOMIC_RELAXED);
+    while (old < value && !__atomic_compare_exchange_n(word, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
   std::uint64_t load_acquire(const std::uint64_t* word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
   // Words that others wait for only grow, one step each: a chunk told of twice was told of too early.
   void store_release(std::uint64_t* word, std::uint64_t value) {

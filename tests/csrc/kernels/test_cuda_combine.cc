@@ -29,6 +29,7 @@ struct CombineCase {
   std::uint32_t nodes = 3;
   proto::Fp8Scale scale = proto::Fp8Scale::kFp32;
   std::string routing = "random";
+  std::int64_t own_percent = 0, mate_percent = 0;  // static mode: what there is of the rows needed
 };
 
 struct Combining {
@@ -36,7 +37,7 @@ struct Combining {
       : c(c),
         one(c.hidden_size, 0, "none", c.scale, seed, c.nodes),
         incoming(one, DType::kBf16, DType::kBf16, c.routing, false, seed, true),
-        plan(std::make_shared<kernels::Plan>(incoming.plan)),
+        plan(std::make_shared<kernels::Plan>(limited())),
         num_rings(2 * c.nodes) {
     fill_plan();
     std::size_t rows = plan->rows(), elements = std::size_t{plan->num_tokens} * c.hidden_size;
@@ -82,6 +83,11 @@ struct Combining {
     args.watch = {nullptr, &faults, &fault, 20'000'000'000, one.view.topology.rank};
   }
 
+  const kernels::Plan& limited() {
+    if (c.mate_percent > 0) incoming.limit(c.own_percent, c.mate_percent);
+    return incoming.plan;
+  }
+
   // Pulls and masks, as the dispatch has left them.
   void fill_plan() {
     std::vector<std::byte> x(plan->rows() * c.hidden_size * 2);
@@ -92,10 +98,11 @@ struct Combining {
       std::uint32_t source = (node * 2 + local) * one.config.experts_per_rank;
       for (std::uint32_t chunk = 0; chunk < plan->rings[ring].num_chunks; ++chunk) {
         std::uint64_t seq = Incoming::first_seq(ring) + chunk;
-        kernels::cpu::pull_chunk({plan.get(), &to, DType::kBf16, DType::kBf16, local, node, chunk, seq, 5, false,
-                                  one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
-                                  incoming.counts.data() + source, incoming.base.data() + source},
-                                 one.view);
+        kernels::cpu::pull_chunk(
+            {plan.get(), &to, DType::kBf16, DType::kBf16, local, node, chunk, seq, 5, false,
+             one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
+             incoming.counts.data() + source, incoming.base.data() + source, incoming.static_sizes()},
+            one.view);
       }
     }
     plan->complete = true;
@@ -156,6 +163,7 @@ struct Combining {
         header.plan_id = call.plan_id;
         header.rows = rows;
         header.first_row = facts.first_row(chunk);
+        if (plan->is_static()) header.required_capacity = 40 * (seq % 5);
         std::memcpy(slot, &header, sizeof(header));
         DType from = c.wire == DType::kBf16 ? DType::kBf16 : DType::kFp32;
         std::vector<std::byte> values = random_rows(rows, c.hidden_size, from, seed + 70 + seq, true);
@@ -245,7 +253,20 @@ struct Combining {
       }
     }
     CHECK(std::memcmp(out.data(), result.data(), result.size()) == 0);
+    if (plan->is_static()) CHECK(*args.plan.overflow == required());
     if (c.grads) CHECK(std::memcmp(topk_grads.data(), result_grads.data(), result_grads.size() * 4) == 0);
+  }
+
+  // What the user is told: of the own experts, the own node and the others.
+  std::uint64_t required() const {
+    auto most = static_cast<std::uint64_t>(*plan->overflow);
+    for (std::uint32_t node = 0; node < c.nodes; ++node) {
+      for (std::uint32_t chunk = 0; chunk < plan->send[node].facts.num_chunks; ++chunk) {
+        bool own = node == one.view.topology.node();
+        most = std::max(most, own ? plan->overflow_of(node, chunk) : 40 * ((receive_seq[node] + chunk) % 5));
+      }
+    }
+    return most;
   }
 
   CombineCase c;
@@ -287,6 +308,11 @@ TEST_CASE("published-forwarded-and-reduced-rows-are-bitwise-those-of-the-cpu") {
       {"no-selections", 64, DType::kBf16, DType::kBf16, true, true, 3, kFp32, "none"},
       {"one-node-no-selections", 64, DType::kBf16, DType::kBf16, true, true, 1, kFp32, "none"},
       {"one-expert-takes-all", 64, DType::kBf16, DType::kBf16, true, true, 1, kFp32, "one"},
+      {"static-bf16-grads-h64", 64, DType::kBf16, DType::kBf16, true, true, 3, kFp32, "random", 100, 50},
+      {"static-fp8-wire-h37", 37, DType::kFp32, DType::kFp8, true, false, 3, kFp32, "random", 60, 30},
+      {"static-nothing-lost-here", 64, DType::kBf16, DType::kBf16, false, false, 3, kFp32, "random", 150, 110},
+      {"static-one-node-grads-h64", 64, DType::kBf16, DType::kBf16, true, true, 1, kFp32, "random", 120, 40},
+      {"static-one-node-no-room-h40", 40, DType::kFp32, DType::kBf16, false, true, 1, kFp32, "random", 0, 1},
   };
   std::uint64_t seed = 1;
   for (const CombineCase& c : cases) {

@@ -24,6 +24,7 @@ struct PullCase {
   proto::Fp8Scale scale = proto::Fp8Scale::kFp32;
   std::string routing = "random";
   bool replay = false;
+  std::int64_t own_percent = 0, mate_percent = 0;  // static mode: what there is of the rows needed
 };
 
 struct Output {
@@ -36,7 +37,7 @@ struct Pulling {
       : c(c),
         one(c.hidden_size, 0, "none", c.scale, seed),
         incoming(one, c.x, c.wire, c.routing, false, seed),
-        plan(incoming.plan) {
+        plan(limited()) {
     if (c.replay) {  // follows what a fresh dispatch has found
       reference(&plan, false);
       incoming = Incoming(one, c.x, c.wire, c.routing, true, seed);
@@ -45,6 +46,9 @@ struct Pulling {
     plan_bytes = flat->bytes();
     args.plan = flat->place(plan_bytes.data());
     plan_bytes = flat->bytes();
+    if (plan.is_static() && !c.replay) {
+      std::fill_n(args.plan.chunk_overflow, args.plan.num_nodes * args.plan.ring_chunks, ~0ull);  // as memory may be
+    }
     args.view = one.view;
     for (std::uint32_t ring = 0; ring < 6; ++ring) rings.push_back({Incoming::first_seq(ring), c.wire});
     args.rings = rings.data();
@@ -55,6 +59,10 @@ struct Pulling {
     args.expert_base = incoming.base.data();
     args.tokens_per_expert = plan.tokens_per_expert.data();
     args.offsets = plan.offsets.data();
+    args.num_rows = plan.rows();
+    args.usable_rows = plan.usable_rows();
+    args.room = incoming.room.empty() ? nullptr : incoming.room.data();
+    args.required = incoming.required.data();
     output = empty_output();
     args.x = output.x.data();
     args.weights = c.replay ? nullptr : output.weights.data();
@@ -63,6 +71,11 @@ struct Pulling {
     args.arrivals = arrivals.data();
     args.pulled = pulled;
     args.watch = {&grid, &faults, &fault, 20'000'000'000, one.view.topology.rank};
+  }
+
+  const kernels::Plan& limited() {
+    if (c.mate_percent > 0) incoming.limit(c.own_percent, c.mate_percent);
+    return incoming.plan;
   }
 
   Output empty_output() const {
@@ -78,8 +91,11 @@ struct Pulling {
   Output reference(kernels::Plan* filled, bool replay) {
     Output out = empty_output();
     std::size_t stride = c.hidden_size * proto::dtype_bytes(c.out), blocks = proto::fp8_blocks(c.hidden_size);
-    for (std::size_t expert = 0; expert < plan.tokens_per_expert.size(); ++expert) {
-      std::size_t begin = plan.offsets[expert] + plan.tokens_per_expert[expert], end = plan.offsets[expert + 1];
+    std::size_t experts = plan.tokens_per_expert.size();
+    for (std::size_t expert = 0; expert <= experts; ++expert) {
+      bool behind = expert == experts;
+      std::size_t begin = plan.offsets[expert] + (behind ? 0 : plan.tokens_per_expert[expert]);
+      std::size_t end = behind ? plan.rows() : plan.offsets[expert + 1];
       std::fill(out.x.data() + begin * stride, out.x.data() + end * stride, std::byte{0});
       if (!replay) std::fill(out.weights.begin() + begin, out.weights.begin() + end, 0.0f);
       if (c.out == DType::kFp8) std::fill(out.scales.begin() + begin * blocks, out.scales.begin() + end * blocks, 1.0f);
@@ -89,10 +105,11 @@ struct Pulling {
       std::uint32_t local = ring / 3, node = ring % 3, source = (node * 2 + local) * one.config.experts_per_rank;
       for (std::uint32_t chunk = 0; chunk < plan.rings[ring].num_chunks; ++chunk) {
         std::uint64_t seq = Incoming::first_seq(ring) + chunk;
-        kernels::cpu::pull_chunk({filled, &to, c.out, c.wire, local, node, chunk, seq, 5, replay,
-                                  one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
-                                  incoming.counts.data() + source, incoming.base.data() + source},
-                                 one.view);
+        kernels::cpu::pull_chunk(
+            {filled, &to, c.out, c.wire, local, node, chunk, seq, 5, replay,
+             one.view.slots(local) + one.view.layout.ring_slot(proto::Phase::kDispatch, node, seq),
+             incoming.counts.data() + source, incoming.base.data() + source, incoming.static_sizes()},
+            one.view);
       }
     }
     return out;
@@ -132,6 +149,7 @@ struct Pulling {
     kernels::Plan found = plan;
     kernels::cuda::read_back(args.plan, &found);
     CHECK(found.masks == expected_plan.masks);
+    CHECK(found.chunk_overflow == expected_plan.chunk_overflow);
     for (std::uint32_t ring = 0; ring < 6; ++ring) {
       for (std::uint32_t chunk = 0; chunk < plan.rings[ring].num_chunks; ++chunk) {
         const auto& a = found.pulls[ring][chunk];
@@ -204,6 +222,13 @@ TEST_CASE("output-weights-masks-and-pulls-are-bitwise-those-of-the-cpu") {
       {"replay-h64", 64, DType::kBf16, DType::kFp8, DType::kBf16, kFp32, "random", true},
       {"no-selections", 64, DType::kBf16, DType::kBf16, DType::kBf16, kFp32, "none"},
       {"no-own-rows", 64, DType::kBf16, DType::kBf16, DType::kBf16, kFp32, "one"},
+      {"static-h64", 64, DType::kBf16, DType::kBf16, DType::kBf16, kFp32, "random", false, 60, 80},
+      {"static-own-rows-lost-h37", 37, DType::kBf16, DType::kBf16, DType::kBf16, kFp32, "random", false, 90, 100},
+      {"static-mate-lost-all-but-some-h36", 36, DType::kFp32, DType::kFp32, DType::kFp32, kFp32, "random", false, 330,
+       20},
+      {"static-no-room-at-all-h64", 64, DType::kBf16, DType::kBf16, DType::kBf16, kFp32, "random", false, 0, 1},
+      {"static-room-for-more-fp8-h141", 141, DType::kBf16, DType::kFp8, DType::kFp8, kFp32, "random", false, 200, 120},
+      {"static-replay-h64", 64, DType::kBf16, DType::kFp8, DType::kBf16, kFp32, "random", true, 70, 50},
   };
   std::uint64_t seed = 1;
   for (const PullCase& c : cases) {

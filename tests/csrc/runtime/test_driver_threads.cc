@@ -183,12 +183,14 @@ class Rank {
     return {view_, state_, stage_.work.num_nodes() > 1 ? &descriptors_ : nullptr, pool_, stage_.work.num_nics};
   }
 
-  std::shared_ptr<kernels::Plan> device_plan(const simulator::Routing& routing) {
+  std::shared_ptr<kernels::Plan> device_plan(const simulator::Routing& routing, std::int64_t capacity) {
     auto plan = std::make_shared<kernels::Plan>();
     plan->num_tokens = routing.num_tokens;
     plan->expert_alignment = stage_.work.alignment(topology_.rank);
+    plan->capacity = capacity;
+    if (plan->is_static()) plan->overflow = std::make_shared<std::int64_t>(0);
     plan->send.resize(topology_.num_nodes());
-    memory_.emplace_back(kernels::device::send_bytes(stage_.work.layout, routing.num_tokens));
+    memory_.emplace_back(kernels::device::send_bytes(stage_.work.layout, routing.num_tokens), testing::kPoison);
     return plan;
   }
 
@@ -217,7 +219,7 @@ class Rank {
           work.is_static(call.plan) ? work.capacities[call.plan][topology_.rank] : kernels::Plan::kExact;
       plans_.push_back(
           device_ != nullptr
-              ? device_plan(routing)
+              ? device_plan(routing, capacity)
               : kernels::cpu::build_send_plan({routing.topk_idx.data(), routing.topk_weights.data(), routing.num_tokens,
                                                work.alignment(topology_.rank), work.num_nics, capacity},
                                               view_));
@@ -247,7 +249,7 @@ class Rank {
         return running.sizes_known();
       });
       if (stage_.broken) return;
-      if (fresh) memory_.emplace_back(running.plan_bytes());
+      if (fresh) memory_.emplace_back(running.plan_bytes(), testing::kPoison);
       running.set_output(make_output(plan.rows()), fresh ? memory_.back().data() : nullptr);
       finish("rows", running);
     } else {
@@ -304,7 +306,10 @@ class Rank {
     require(out == expected.out, number, "combined rows");
     if (work.is_static(call.plan)) {
       const std::int64_t overflow = stage_.reference.rows(call.plan, topology_.rank).overflow;
-      require(*plans_[call.plan]->overflow == overflow, number, "required capacities");
+      const kernels::Plan& plan = *plans_[call.plan];
+      const std::int64_t found =
+          plan.device_view ? static_cast<std::int64_t>(*plan.device_view->overflow) : *plan.overflow;
+      require(found == overflow, number, "required capacities");
     }
     if (call.weight_grads) require(same_bits(grads, expected.topk_weight_grads), number, "gradients of the weights");
   }
@@ -344,11 +349,8 @@ std::string run_world(const Workload& work, const Options& options) {
   return stage.text;
 }
 
-// Device kernels know no capacities yet.
 bool fits(const Workload& work, const Options& options) {
-  if ((work.num_nodes() == 1) != options.one_node || work.script.size() > 30) return false;
-  const auto is_exact = [](const auto& capacities) { return capacities.empty(); };
-  return options.device_ranks == 0 || std::all_of(work.capacities.begin(), work.capacities.end(), is_exact);
+  return (work.num_nodes() == 1) == options.one_node && work.script.size() <= 30;
 }
 
 // The first `count` workloads of four ranks with at least two nodes, or with one.
@@ -386,10 +388,11 @@ TEST_CASE("also where the kernels of a rank run on two threads") {
 TEST_CASE("also where the kernels are those of a GPU, on some ranks or on all") {
   Options options;
   options.reorder = true;
-  options.device_ranks = 2;
-  run_worlds(300, 1, options);
+  options.device_ranks =
+      2;  // of these worlds each has a capacity that is too small, and tokens that lost rows elsewhere
+  run_worlds(315, 1, options);
   options.device_ranks = 4;
-  run_worlds(400, 1, options);
+  run_worlds(391, 1, options);
   options.one_node = true;  // of four: the order of ranks shows
-  run_worlds(596, 1, options);
+  run_worlds(1700, 1, options);
 }
