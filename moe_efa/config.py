@@ -61,7 +61,7 @@ class ExpertParallelConfig:
         device: where tensors are, and kernels run: "cpu" or "cuda".
         buffers: where rings are: "host" is pinned memory, which any NIC and provider reach; "device" is memory of the
             GPU, which the ranks of the node and the NICs have to reach (CUDA IPC, dma-buf); "auto" takes "device"
-            where they can. On the CPU it is always host memory.
+            where they can.
         chunk_rows: most rows in one chunk; 0 takes the largest that fits. For tests and tuning.
         slots: slots per ring; 0 takes the most that fit. For tests and tuning.
 

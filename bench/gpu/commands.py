@@ -1,8 +1,6 @@
 """Commands that are given a GPU and a time limit: the place of what needs several ranks or a test runner.
 
-Each must pass by its exit status. `{python}` and `{root}` are replaced. Add a line for each suite:
-
-    Command(name="two ranks on one GPU", limit_s=60.0, words=("{python}", "-m", "pytest", "-q", "{root}/tests/..."))
+Each must pass by its exit status. `{python}` and `{root}` are replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +24,10 @@ class Command:
     words: tuple[str, ...]
 
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (
+    Command(name="build of the package", limit_s=120.0, words=("{python}", "setup.py", "-q", "build_ext", "--inplace")),
+    Command(name="ranks that share a GPU", limit_s=120.0, words=("{python}", "bench/gpu/ranks.py")),
+)
 
 
 def run(setting: Setting, commands: Sequence[Command] = COMMANDS) -> None:

@@ -57,7 +57,7 @@ SECTIONS = (
     # The programs use managed memory, whose faults could hang a device: after what is timed.
     Section(name="cuda-tests", run="correctness:run_programs", step=7, limit_s=90, correctness=True, in_dry_run=False),
     Section(name="sanitizer", run="sanitizer:run", step=7, limit_s=60, in_dry_run=False),
-    Section(name="commands", run="commands:run", step=8, limit_s=90, needs_build=False),
+    Section(name="commands", run="commands:run", step=8, limit_s=200, needs_build=False, in_dry_run=False),
     Section(name="peers", run="peers:run", step=9, limit_s=150, timed=True, needs_build=False),
 )
 SMALL = Section(name="small", run="correctness:run_small", step=0, limit_s=600)  # what the sanitizer runs
