@@ -269,7 +269,7 @@ def native_config(config: ExpertParallelConfig, agreement: Agreement) -> _C.Grou
         job_key=agreement.job_key,
         listen_host=_listen_host(agreement.num_hosts),
         **libfabric.search_path(),
-        num_threads=env.num_threads(agreement.ranks_on_host),
+        num_threads=env.num_threads(agreement.ranks_on_host) if config.device == "cpu" else 1,
         ranks_on_host=agreement.ranks_on_host,
         chunk_rows=config.chunk_rows,
         slots=config.slots,

@@ -36,7 +36,8 @@ bool Driver::step_locked() {
   if (reported_) return false;
   bool moved = false;
   try {
-    moved = pump_.step(monotonic_s());
+    if (feed_) moved = feed_();
+    moved |= pump_.step(monotonic_s());
   } catch (const common::StatusError& error) {
     engine_.on_failure(error.status());
   } catch (const std::exception& error) {

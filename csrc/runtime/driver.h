@@ -24,6 +24,8 @@ class Driver {
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
+  // Before start(): what every turn does first. True when anything moved.
+  void set_feed(std::function<bool()> feed) { feed_ = std::move(feed); }
   void start();
   void stop();  // idempotent; joins
   // One turn on the caller's thread, unless the driver is at it. True when anything moved.
@@ -42,6 +44,7 @@ class Driver {
   transport::Pump& pump_;
   bool spin_;
   std::function<void(const common::Status&)> on_failure_;
+  std::function<bool()> feed_;
   std::mutex mutex_;
   std::atomic<bool> stop_{false};
   std::atomic<int> active_{0};

@@ -659,7 +659,7 @@ void Group::drop_started() {
   bool moving = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
   if (device_state_ && moving) {
     device_state_->stop();
-    device_->drain();
+    device_state_->drain();
   }
   for (auto& calls : moving_) calls.clear();
 }

@@ -186,6 +186,7 @@ class Group {
                       bool* warned);
   common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
   void open_device_state();
+  bool feed_driver();
   void close_device();
   std::shared_ptr<kernels::Plan> new_device_plan(const DispatchRequest& request) const;
   std::uint64_t start_device_dispatch(const DispatchRequest& request, const Prepared& prepared);

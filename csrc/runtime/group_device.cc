@@ -24,13 +24,27 @@ void Group::open_device_state() {
   device_state_ = std::make_unique<kernels::device::State>(
       device_, view_, seen,
       kernels::device::StateConfig{config_.max_tokens_per_rank, context().num_nics, config_.timeout_s});
+  if (driver_) driver_->set_feed([this] { return feed_driver(); });
+}
+
+// On the driver's thread: what kernels have packed becomes descriptors at once, whoever steps the calls.
+bool Group::feed_driver() {
+  std::unique_lock lock(calls_mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return false;  // its holder does the same
+  bool moved = false;
+  for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
+    moved |= device_state_->phase(phase).ready->poll(*descriptors_);
+  }
+  return moved;
 }
 
 void Group::close_device() {
   if (!device_) return;
   if (device_state_) device_state_->stop();
   device_state_.reset();  // when its kernels have left
-  for (std::byte* region : device_regions_) device_->unmap_host(region);
+  for (std::byte* region : device_regions_) {
+    kernels::device::quietly([&] { device_->unmap_host(region); });
+  }
   device_regions_.clear();
   device_.reset();
 }

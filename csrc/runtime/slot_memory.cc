@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include "common/status.h"
+#include "kernels/device/state.h"
 
 namespace moe_efa::runtime {
 
@@ -65,10 +66,13 @@ SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& lay
 SlotMemory::~SlotMemory() { release(); }
 
 void SlotMemory::release() {
-  for (const auto& [exported, memory] : imported_) device_->close_memory(memory);
+  for (const auto& [exported, memory] : imported_) {
+    std::byte* mapped = memory;
+    kernels::device::quietly([&] { device_->close_memory(mapped); });
+  }
   imported_.clear();
   if (dmabuf_fd_ >= 0) ::close(dmabuf_fd_);
-  if (slots_ != nullptr) device_->free(slots_);
+  if (slots_ != nullptr) kernels::device::quietly([&] { device_->free(slots_); });
   slots_ = nullptr;
 }
 

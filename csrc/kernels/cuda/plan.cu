@@ -22,11 +22,11 @@ const void* plan_kernel_entry() { return reinterpret_cast<const void*>(plan_kern
 void launch_plan(const PlanArgs& args, void* stream) {
   std::uint32_t warps = kPlanThreads / kWarpSize;
   while (warps > 1 && plan_shared_words(args.config, warps) > kPlanSharedWords) warps /= 2;
-  if (args.config.top_k > kWarpSize || plan_shared_words(args.config, warps) > kPlanSharedWords) {
+  if (!can_plan(args.config)) {
     std::ostringstream text;
     text << "plan on a GPU: top_k " << args.config.top_k << " with " << plan_columns(args.config)
          << " counters (experts + 2 nodes); supported are top_k up to " << kWarpSize << " with up to "
-         << kPlanSharedWords - 4 * args.config.num_nodes << " counters";
+         << most_plan_columns(args.config.num_nodes) << " counters";
     throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1, text.str()});
   }
   launch_resident(plan_kernel, kPlanBlocks, warps * kWarpSize,

@@ -38,6 +38,11 @@ constexpr std::uint32_t plan_columns(const proto::LayoutConfig& config) {
 constexpr std::uint32_t plan_shared_words(const proto::LayoutConfig& config, std::uint32_t warps) {
   return warps * plan_columns(config) + 4 * config.num_nodes;
 }
+// Whether the kernel's counters have room, for one warp at least.
+constexpr std::uint32_t most_plan_columns(std::uint32_t num_nodes) { return kPlanSharedWords - 4 * num_nodes; }
+constexpr bool can_plan(const proto::LayoutConfig& config) {
+  return config.top_k <= kWarpSize && plan_columns(config) <= most_plan_columns(config.num_nodes);
+}
 // The most rows that all nodes together can get.
 constexpr std::size_t plan_rows(const proto::LayoutConfig& config, std::uint32_t num_tokens) {
   return std::size_t{num_tokens} * (config.top_k < config.num_nodes ? config.top_k : config.num_nodes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/device.h"
+#include "kernels/device/state.h"
 #include "proto/topology.h"
 
 namespace moe_efa::kernels::device {
@@ -17,7 +18,7 @@ class Launch {
         entered_(alone ? 0 : device.mark(caller)) {}
   ~Launch() {
     for (Device::Mark mark : {entered_, marked_}) {
-      if (mark != 0) device_.release(mark);
+      if (mark != 0) quietly([&] { device_.release(mark); });
     }
   }
   Launch(const Launch&) = delete;

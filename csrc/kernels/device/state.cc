@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/atomic.h"
 #include "common/math.h"
 #include "common/status.h"
 #include "kernels/device/plan_memory.h"
@@ -24,6 +25,13 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
       device_view_(view),
       most_chunks_(cuda::most_send_chunks(view.layout.config(), config.max_tokens, config.num_nics)) {
   const proto::LayoutConfig& layout = view.layout.config();
+  if (!cuda::can_plan(layout)) {
+    throw common::StatusError(
+        {common::StatusCode::kConfig, -1, -1, -1, -1,
+         "on a GPU top_k may be up to " + std::to_string(cuda::kWarpSize) + " and experts + 2 nodes up to " +
+             std::to_string(cuda::most_plan_columns(layout.num_nodes)) + ", not " + std::to_string(layout.top_k) +
+             " and " + std::to_string(cuda::plan_columns(layout))});
+  }
   std::size_t nodes = layout.num_nodes, rings = num_rings();
   std::size_t num_experts = rings * layout.experts_per_rank;
   for (PhaseState& phase : phases_) {
@@ -70,9 +78,9 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
 }
 
 State::~State() {
-  device_->drain();
-  for (void* memory : device_memory_) device_->free(memory);
-  for (void* memory : host_memory_) device_->free_host(memory);
+  drain();
+  for (void* memory : device_memory_) quietly([&] { device_->free(memory); });
+  for (void* memory : host_memory_) quietly([&] { device_->free_host(memory); });
 }
 
 template <typename T>
@@ -111,8 +119,10 @@ cuda::Watch State::watch(Phase which, std::uint32_t grid) {
 }
 
 void State::check(Phase phase) const {
+  const cuda::Fault& fault = *phases_[static_cast<int>(phase)].fault;
+  if (common::load_acquire(&fault.set) == 0) return;  // pairs with the release in report()
   try {
-    cuda::raise(*phases_[static_cast<int>(phase)].fault);
+    cuda::raise(fault);
   } catch (const common::StatusError& error) {
     common::Status status = error.status();
     if (status.code != common::StatusCode::kInvalid) throw;
@@ -125,8 +135,12 @@ void State::check(Phase phase) const {
   }
 }
 
-void State::stop() {
-  for (PhaseState& phase : phases_) device_->store_word(phase.faults, 1);
+void State::stop() noexcept {
+  for (PhaseState& phase : phases_) quietly([&] { device_->store_word(phase.faults, 1); });
+}
+
+void State::drain() noexcept {
+  quietly([&] { device_->drain(); });
 }
 
 }  // namespace moe_efa::kernels::device

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <vector>
 
@@ -22,6 +23,15 @@ struct StateConfig {
   std::uint32_t num_nics = 1;
   double timeout_s = 600;  // of every wait of a kernel
 };
+
+// For destructors and after errors: a device that is broken says so at every call.
+template <typename Action>
+void quietly(const Action& action) noexcept {
+  try {
+    action();
+  } catch (const std::exception&) {
+  }
+}
 
 // How many blocks the grids of a call have.
 struct GridSizes {
@@ -58,8 +68,9 @@ class State {
   cuda::Watch watch(proto::Phase phase, std::uint32_t grid);
   // Throws what a kernel has found.
   void check(proto::Phase phase) const;
-  // Every grid leaves soon, and its call stays unfinished.
-  void stop();
+  // Every grid leaves soon, and its call stays unfinished. Neither throws: they are for the time after an error.
+  void stop() noexcept;
+  void drain() noexcept;  // until no kernel runs
 
   // Words of a phase (device), in order.
   std::uint32_t most_chunks() const { return most_chunks_; }  // to one node, or of one ring
