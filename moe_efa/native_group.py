@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_efa import _C, device, host_memory, rendezvous
+from moe_efa import _C, device, host_memory, nvtx, rendezvous
 from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError, TransportError
@@ -108,6 +108,7 @@ class NativeGroup:
         self._placed: dict[int, _Rows] = {}  # and those that wait for nothing of this rank's
         self._ending = False  # no new calls: the process waits for the lock
 
+    @nvtx.annotated("dispatch")
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int, capacity: int | None = None
     ) -> tuple[_C.Plan, Tensor, Tensor]:
@@ -124,6 +125,7 @@ class NativeGroup:
         plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True, capacity=capacity)
         return plan, rows, weights
 
+    @nvtx.annotated("dispatch")
     def dispatch_fp8(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, expert_alignment: int, capacity: int | None = None
     ) -> tuple[_C.Plan, Tensor, Tensor, Tensor]:
@@ -144,6 +146,7 @@ class NativeGroup:
         assert scales is not None
         return plan, rows, scales, weights
 
+    @nvtx.annotated("dispatch")
     def replay(self, x: Tensor, plan: _C.Plan, *, gradient: bool = False) -> Tensor:
         """x [T, H] -> rows [rows, H] of a plan, in x's dtype; a gradient travels in its own wire dtype. Collective."""
         if self.on_device:
@@ -151,6 +154,7 @@ class NativeGroup:
         args = self._replay_args(x, plan, gradient=gradient)
         return self._dispatch(args, x.dtype, with_weights=False)[1]
 
+    @nvtx.annotated("dispatch")
     def replay_fp8(self, x: Tensor, plan: _C.Plan) -> tuple[Tensor, Tensor]:
         """x [T, H] -> rows [rows, H] e4m3 and scales [rows, ceil(H / 128)] fp32 of a plan. Collective."""
         if self.on_device:
@@ -161,6 +165,7 @@ class NativeGroup:
         assert scales is not None
         return rows, scales
 
+    @nvtx.annotated("combine")
     def combine(
         self,
         y: Tensor,
@@ -201,6 +206,7 @@ class NativeGroup:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return host_memory.empty(*shape, dtype=dtype)
 
+    @nvtx.annotated("start dispatch")
     def start_dispatch(
         self,
         x: Tensor,
@@ -226,6 +232,7 @@ class NativeGroup:
             results = self._static_results(capacity, dtype)
         return self._start_dispatch(args, dtype, x, topk_idx, topk_weights, results=results)
 
+    @nvtx.annotated("start dispatch")
     def start_replay(
         self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = False
     ) -> StartedCall:
@@ -233,6 +240,7 @@ class NativeGroup:
         args = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output, alone=alone)
         return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x)
 
+    @nvtx.annotated("start combine")
     def start_combine(
         self,
         y: Tensor,
@@ -259,6 +267,7 @@ class NativeGroup:
         memory = (y, weights, weight_grads, out, topk_weight_grads, *getattr(plan, "memory", ()))
         return self._start(y.dtype, memory, lambda: self._native.combine_start(args))
 
+    @nvtx.annotated("finish")
     def finish(self, started: StartedCall) -> _C.DispatchBuffers:
         """Wait for the second half of a call. Once."""
         if started.ticket is None:
@@ -275,6 +284,7 @@ class NativeGroup:
         with self._call():
             return started.ticket is None or self._native.ended(started.ticket)
 
+    @nvtx.annotated("finish dispatch")
     def finish_dispatch(self, started: StartedCall) -> _Rows:
         """(plan, rows, scales of FP8 rows, weights of a fresh dispatch), as the calls in one."""
         if self.on_device:

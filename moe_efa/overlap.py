@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_efa import native_group, ops, plan_tensor
+from moe_efa import native_group, nvtx, ops, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.late_gradients import LateGradients, Queue
 from moe_efa.native_group import NativeGroup, StartedCall
@@ -286,7 +286,8 @@ def moe(
             ticket = tickets[wave]
             assert ticket is not None
             received = finish_dispatch(dispatches[wave], ticket)
-            y = compute(received, sizes[wave])
+            with nvtx.annotate("experts"):
+                y = compute(received, sizes[wave])
             if wave == 0:
                 out = native.empty(len(x), native.config.hidden_size, dtype=y.dtype)
                 outputs = torch.split(out, sizes)

@@ -28,7 +28,7 @@ INPUT_OUTPUT = re.compile(
 
 # The lowest first; a module may import its own group and those before it.
 PYTHON_LAYERS = (
-    ("_C", "_version", "env", "errors", "config", "device", "presets", "topology"),
+    ("_C", "_version", "env", "errors", "config", "device", "nvtx", "presets", "topology"),
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
     ("handle", "native_group", "plan_tensor", "late_gradients"),
     ("ops",),
