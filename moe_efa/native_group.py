@@ -56,6 +56,7 @@ class _Dispatch(NamedTuple):
     args: _C.DispatchArgs
     memory: tuple[Tensor, ...]
     is_replay: bool
+    alone: bool  # its kernels run on the caller's stream
 
 
 class _Rows(NamedTuple):
@@ -80,6 +81,7 @@ class _Unplaced(NamedTuple):
 
     dtype: torch.dtype  # of its rows
     is_replay: bool
+    alone: bool  # its kernels run on the caller's stream
     plan_memory: tuple[Tensor, ...]
     results: _Results | None  # in static mode, memory that is there already
 
@@ -325,13 +327,15 @@ class NativeGroup:
         sizes = self._native.dispatch_sizes(ticket)
         plan = sizes.plan
         try:
-            rows, scales, weights = unplaced.results or self._results(
-                plan.rows, unplaced.dtype, with_weights=not unplaced.is_replay
-            )
-            pulls = None
-            if not unplaced.is_replay:
-                pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
-                plan.memory = (*unplaced.plan_memory, pulls)
+            with self._allocating(unplaced) as keep:
+                rows, scales, weights = unplaced.results or self._results(
+                    plan.rows, unplaced.dtype, with_weights=not unplaced.is_replay
+                )
+                pulls = None
+                if not unplaced.is_replay:
+                    pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
+                    plan.memory = (*unplaced.plan_memory, pulls)
+                keep(rows, scales, weights, pulls)
         except BaseException as error:  # no memory: the others wait for this rank's second half
             self.usable = False
             self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
@@ -339,6 +343,23 @@ class NativeGroup:
         self._kept[ticket] = (*self._kept[ticket], rows, scales, weights, pulls)
         self._native.dispatch_place(ticket, _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls))
         return _Rows(plan, rows, scales, weights)
+
+    @contextlib.contextmanager
+    def _allocating(self, unplaced: _Unplaced) -> Iterator[Callable[..., None]]:
+        """For memory that kernels on a stream of their own write: torch must not take it from what the caller's stream
+        still uses. What is given to ``keep`` goes back to that stream when the caller's is done with it too."""
+        if self.device.type != "cuda" or unplaced.alone:
+            yield lambda *_: None
+            return
+        current = torch.cuda.current_stream(self.device)
+
+        def keep(*tensors: Tensor | None) -> None:
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(current)
+
+        with torch.cuda.stream(torch.cuda.ExternalStream(self._native.own_stream(), device=self.device)):
+            yield keep
 
     def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
         rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None
@@ -362,7 +383,7 @@ class NativeGroup:
         started = self._start(dtype, memory, lambda: self._native.dispatch_start(call.args, self._pool()))
         if self.on_device:
             assert started.ticket is not None
-            self._unplaced[started.ticket] = _Unplaced(dtype, call.is_replay, call.memory, results)
+            self._unplaced[started.ticket] = _Unplaced(dtype, call.is_replay, call.alone, call.memory, results)
         return started
 
     def _pool(self) -> _C.HostPool | None:
@@ -521,7 +542,7 @@ class NativeGroup:
             alone=alone,
             send_memory_ptr=_pointer(memory[0]) if memory else 0,
         )
-        return _Dispatch(args, memory, is_replay=False)
+        return _Dispatch(args, memory, is_replay=False, alone=alone)
 
     def _replay_args(
         self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = True
@@ -536,7 +557,7 @@ class NativeGroup:
             stream=device.current_stream(self.device),
             alone=alone,
         )
-        return _Dispatch(args, getattr(plan, "memory", ()), is_replay=True)
+        return _Dispatch(args, getattr(plan, "memory", ()), is_replay=True, alone=alone)
 
     def _combine_args(
         self,

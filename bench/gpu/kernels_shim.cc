@@ -330,6 +330,8 @@ class World {
     args.expert_base = expert_base_;
     args.tokens_per_expert = tokens_per_expert_;
     args.offsets = offsets_;
+    args.num_rows = plan_->rows();
+    args.usable_rows = plan_->usable_rows();
     args.x = tensors_.rows;
     args.weights = tensors_.row_weights;
     args.scales = tensors_.row_scales;

@@ -321,6 +321,10 @@ void bind_group(py::module_& module) {
           },
           py::arg("ticket"), py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0,
           py::arg("plan_memory_ptr") = 0, release())
+      .def("own_stream",
+           [](const Group& group) {
+             return reinterpret_cast<std::uintptr_t>(group.own_stream(proto::Phase::kDispatch));
+           })
       .def("device_send_bytes", &Group::device_send_bytes, py::arg("num_tokens"))
       .def("dispatch_start", &Group::dispatch_start, py::arg("args"), py::arg("pool"), release())
       .def("combine_start", &Group::combine_start, py::arg("args"), release())

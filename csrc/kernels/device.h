@@ -24,6 +24,7 @@ struct DeviceFacts {
   bool shares_memory = true;    // export_memory() works: the ranks of a node may read each other's device memory
   bool dma_buf = false;         // dma_buf() works
   bool flushes_writes = false;  // writes of a NIC are seen by kernels only after flush_writes()
+  bool sees_writes = true;      // they are seen at all
 };
 
 // Calls may come from any thread. Whatever goes wrong is a StatusError that names the call.
@@ -78,7 +79,7 @@ class Device {
 
 // The one symbol of a device library: device `index` for this process, or null and a reason in `error`. `abi` is the
 // caller's kDeviceAbi; a library of another one refuses.
-inline constexpr std::uint32_t kDeviceAbi = 1;
+inline constexpr std::uint32_t kDeviceAbi = 2;
 inline constexpr char kOpenDeviceSymbol[] = "moe_efa_open_device";
 using OpenDevice = Device* (*)(std::uint32_t abi, int index, char* error, std::size_t error_bytes);
 

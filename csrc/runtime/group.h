@@ -138,6 +138,8 @@ class Group {
   DispatchSizes dispatch_sizes(std::uint64_t ticket);
   void dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory);
   std::size_t device_send_bytes(std::uint32_t num_tokens) const;
+  // Where the kernels of calls go that are not alone.
+  void* own_stream(proto::Phase phase) const { return device_->own_stream(static_cast<std::uint32_t>(phase)); }
 
   // Fails the group on every rank. The blame is on this rank, unless the caller knows better.
   void abort(const std::string& message);

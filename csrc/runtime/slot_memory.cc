@@ -27,6 +27,10 @@ void check(const GroupConfig& config, const kernels::Device* device) {
     refuse("buffers=\"device\": the ranks of a node cannot read each other's memory of " + facts.name +
            " here: use buffers=\"host\"");
   }
+  if (!facts.sees_writes && config.transport == "libfabric") {
+    refuse("buffers=\"device\": kernels of " + facts.name +
+           " may not see what a NIC has written: use buffers=\"host\"");
+  }
   if (facts.kind == kCuda && config.transport == "shm") {
     refuse("transport 'shm' copies with the CPU, which does not reach memory of a GPU: use buffers=\"host\"");
   }
@@ -38,7 +42,7 @@ std::string choose_buffers(const GroupConfig& config, const kernels::Device* dev
   if (config.buffers != "auto") return config.buffers;
   if (device == nullptr || (config.topology.node_size > 1 && !device->facts().shares_memory)) return "host";
   if (config.topology.num_nodes() == 1) return "device";
-  if (config.transport != "libfabric" || !device->facts().dma_buf) return "host";
+  if (config.transport != "libfabric" || !device->facts().dma_buf || !device->facts().sees_writes) return "host";
   // Other providers copy with the CPU.
   std::string provider = config.provider;
   if (provider.empty()) provider = transport::default_provider({config.libfabric, config.libfabric_hints});

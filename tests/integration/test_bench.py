@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -197,7 +198,9 @@ def test_interrupt_ends_all_ranks(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert "Traceback" not in stderr
+        # What Python itself cannot raise, as in the callback of a weak reference, it prints and ignores.
+        ignored = re.compile(r"^Exception ignored in.*?^KeyboardInterrupt[: ]*$", re.DOTALL | re.MULTILINE)
+        assert "Traceback" not in ignored.sub("", stderr)
     finally:
         deadline = time.monotonic() + 10
         while (left := _members(process.pid)) and time.monotonic() < deadline:

@@ -308,11 +308,11 @@ class CudaDevice final : public Device {
     bool flushable =
         (attribute(cudaDevAttrGPUDirectRDMAFlushWritesOptions, index_) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0;
     facts_.flushes_writes = !ordered && flushable;
+    facts_.sees_writes = ordered || flushable;
     int dma_buf = 0;
     check_driver(driver_api().device_get_attribute(&dma_buf, CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED, primary_.device()),
                  "cuDeviceGetAttribute");
-    // What a NIC writes is of no use where nothing makes kernels see it.
-    facts_.dma_buf = dma_buf != 0 && driver_api().memory_get_handle != nullptr && (ordered || flushable);
+    facts_.dma_buf = dma_buf != 0 && driver_api().memory_get_handle != nullptr;
   }
 
   void make_streams() {

@@ -264,8 +264,13 @@ TEST_CASE("what does not fit together is refused, and the text says what to do")
   CHECK(code(config, cuda) == StatusCode::kConfig);  // the CPU copies
   CHECK(says("buffers=\"host\""));
   CHECK(cuda->num_mappings() == 0);
+  auto blind = std::make_shared<EmulatedDevice>(true);
+  blind->change_facts().sees_writes = false;
+  config.transport = "libfabric";
+  CHECK(code(config, blind) == StatusCode::kConfig);
+  CHECK(says("may not see"));
+  CHECK(says("buffers=\"host\""));
   if (transport::libfabric_info(search()).found) {
-    config.transport = "libfabric";
     config.provider = "tcp";
     CHECK(code(config, cuda) == StatusCode::kConfig);
     CHECK(says("FI_HMEM"));
