@@ -358,8 +358,12 @@ class NativeGroup:
                 if tensor is not None:
                     tensor.record_stream(current)
 
-        with torch.cuda.stream(torch.cuda.ExternalStream(self._native.own_stream(), device=self.device)):
+        with torch.cuda.stream(self._own_stream()):
             yield keep
+
+    def _own_stream(self) -> Any:
+        stream: Any = torch.cuda.ExternalStream
+        return stream(self._native.own_stream(), device=self.device)
 
     def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
         rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None

@@ -143,10 +143,10 @@ def test_a_byte_that_differs_is_seen(world: Any) -> None:
     # Tokens 0 and 3 go to both nodes, 1 to the second, 2 to the first.
     assert (world.facts.rows, world.facts.remote_rows, world.facts.tokens, world.facts.entries) == (6, 3, 4, 7)
     byte = int((world._arena != 0xEE).nonzero()[-1])
-    memory = world._arena.clone()
+    memory, x = world._arena.clone(), world._x.clone()
     world._x[3, 100] += 1.0
     assert "differs" in world.check("pack")
-    world._x[3, 100] -= 1.0
+    world._x.copy_(x)
     world._arena.fill_(0xEE)
     assert world.check("pack") is not None
     world._arena.copy_(memory)
