@@ -97,8 +97,6 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.device_library = py::cast<std::string>(value);
     else if (name == "device_index")
       config.device_index = py::cast<std::int32_t>(value);
-    else if (name == "buffers")
-      config.buffers = py::cast<std::string>(value);
     else if (name == "reorder")
       config.reorder = py::cast<bool>(value);
     else if (name == "reorder_seed")
@@ -124,7 +122,11 @@ void check_interrupt() {
 struct DeleteInOwnProcess {
   pid_t pid = getpid();
   void operator()(Group* group) const {
-    if (getpid() == pid) delete group;
+    if (getpid() != pid) return;
+    // It joins threads and may wait for a GPU.
+    std::optional<py::gil_scoped_release> unlocked;
+    if (PyGILState_Check() != 0) unlocked.emplace();
+    delete group;
   }
 };
 using GroupPtr = std::unique_ptr<Group, DeleteInOwnProcess>;
@@ -328,7 +330,13 @@ void bind_group(py::module_& module) {
       .def("device_send_bytes", &Group::device_send_bytes, py::arg("num_tokens"))
       .def("dispatch_start", &Group::dispatch_start, py::arg("args"), py::arg("pool"), release())
       .def("combine_start", &Group::combine_start, py::arg("args"), release())
-      .def("finish", &Group::finish, py::arg("ticket"), release())
+      .def(
+          "finish",
+          [](Group& group, std::uint64_t ticket, std::uintptr_t stream) {
+            return group.finish(ticket, pointer<void>(stream));
+          },
+          py::arg("ticket"), py::arg("stream") = 0, release())
+      .def("synchronize", &Group::synchronize, release())
       .def("ended", &Group::ended, py::arg("ticket"), release())
       .def("forget", &Group::forget, py::arg("ticket"), release())
       .def(

@@ -53,7 +53,7 @@ class Device {
   // A dma-buf of memory of allocate(), for a NIC to register; the caller closes it. *offset: of the memory in it.
   virtual int dma_buf(void* memory, std::size_t bytes, std::uint64_t* offset) = 0;
 
-  // Streams of this object, for calls that go on beside their caller's stream.
+  // Streams for calls that go on beside their caller's stream.
   virtual Stream own_stream(std::uint32_t index) = 0;  // index < kNumOwnStreams
   // The rest is queued on a stream, in order.
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream stream) = 0;  // host side: of allocate_host()
@@ -68,18 +68,15 @@ class Device {
   virtual void wait_for(Stream stream, Mark mark) = 0;  // what is queued on the stream later comes after the mark
   virtual void release(Mark mark) = 0;
 
-  // At once, past all streams: a word in memory of allocate(). For stopping what runs.
-  virtual void store_word(std::uint32_t* word, std::uint32_t value) = 0;
+  // What NICs have written so far is seen by kernels that learn of it later.
   virtual void flush_writes() = 0;
-  // Returns when nothing that this object queued runs any more.
-  virtual void drain() = 0;
 
   static constexpr std::uint32_t kNumOwnStreams = 2;  // one for each phase
 };
 
 // The one symbol of a device library: device `index` for this process, or null and a reason in `error`. `abi` is the
 // caller's kDeviceAbi; a library of another one refuses.
-inline constexpr std::uint32_t kDeviceAbi = 2;
+inline constexpr std::uint32_t kDeviceAbi = 3;
 inline constexpr char kOpenDeviceSymbol[] = "moe_efa_open_device";
 using OpenDevice = Device* (*)(std::uint32_t abi, int index, char* error, std::size_t error_bytes);
 

@@ -2,6 +2,8 @@
 // when they have run. The caller goes on when they are queued, or, where it has no stream, when they are done.
 #pragma once
 
+#include <utility>
+
 #include "kernels/device/combine_call.h"
 #include "kernels/device/dispatch_call.h"
 #include "runtime/started_call.h"
@@ -14,18 +16,17 @@ class DeviceCall : public StartedCall {
   // What the caller gets, or writes over, is ready on its stream, or at once where there is none.
   bool returns(const kernels::Device& device) const { return device.facts().stream_ordered ? launched() : done(); }
   virtual bool launched() const = 0;
-  virtual void leave() = 0;  // the caller's stream waits for the kernels
+  virtual bool wait_quiet(double most_s) const = 0;         // until no kernel of it runs or is queued
+  virtual void leave(kernels::Device::Stream current) = 0;  // what `current` does from here on comes after the kernels
 };
 
-class DeviceDispatch final : public DeviceCall {
+// Of a call of kernels/device.
+template <class Call>
+class DeviceCallOf : public DeviceCall {
  public:
-  DeviceDispatch(const kernels::CallContext& context, kernels::device::State& state, const kernels::DispatchArgs& args,
-                 const kernels::device::DispatchOptions& options)
-      : DeviceCall(proto::Phase::kDispatch, args.wire_dtype, args.plan),
-        made_plan_(args.plan),
-        fresh_(!args.plan->complete),
-        out_dtype_(args.out_dtype),
-        call_(context, state, args, options) {}
+  template <class... Args>
+  DeviceCallOf(proto::Phase phase, proto::DType wire_dtype, std::shared_ptr<const kernels::Plan> plan, Args&&... args)
+      : DeviceCall(phase, wire_dtype, std::move(plan)), call_(std::forward<Args>(args)...) {}
 
   bool step() override {
     bool moved = call_.step();
@@ -35,7 +36,21 @@ class DeviceDispatch final : public DeviceCall {
   kernels::Waiting waiting() const override { return call_.waiting(); }
   std::uint64_t epoch() const override { return call_.epoch(); }
   bool launched() const override { return call_.launched(); }
-  void leave() override { call_.leave(); }
+  bool wait_quiet(double most_s) const override { return call_.launch().wait_quiet(most_s); }
+  void leave(kernels::Device::Stream current) override { call_.leave(current); }
+
+ protected:
+  Call call_;
+};
+
+class DeviceDispatch final : public DeviceCallOf<kernels::device::DispatchCall> {
+ public:
+  DeviceDispatch(const kernels::CallContext& context, kernels::device::State& state, const kernels::DispatchArgs& args,
+                 const kernels::device::DispatchOptions& options)
+      : DeviceCallOf(proto::Phase::kDispatch, args.wire_dtype, args.plan, context, state, args, options),
+        made_plan_(args.plan),
+        fresh_(options.send_memory != nullptr),
+        out_dtype_(args.out_dtype) {}
 
   bool sizes_known() const { return call_.sizes_known(); }
   std::size_t plan_bytes() const { return call_.plan_bytes(); }
@@ -48,27 +63,13 @@ class DeviceDispatch final : public DeviceCall {
   std::shared_ptr<kernels::Plan> made_plan_;
   bool fresh_;
   proto::DType out_dtype_;
-  kernels::device::DispatchCall call_;
 };
 
-class DeviceCombine final : public DeviceCall {
+class DeviceCombine final : public DeviceCallOf<kernels::device::CombineCall> {
  public:
   DeviceCombine(const kernels::CallContext& context, kernels::device::State& state, const kernels::CombineArgs& args,
                 kernels::Device::Stream stream, bool alone)
-      : DeviceCall(proto::Phase::kCombine, args.wire_dtype, args.plan), call_(context, state, args, stream, alone) {}
-
-  bool step() override {
-    bool moved = call_.step();
-    if (call_.done()) set_done();
-    return moved;
-  }
-  kernels::Waiting waiting() const override { return call_.waiting(); }
-  std::uint64_t epoch() const override { return call_.epoch(); }
-  bool launched() const override { return call_.launched(); }
-  void leave() override { call_.leave(); }
-
- private:
-  kernels::device::CombineCall call_;
+      : DeviceCallOf(proto::Phase::kCombine, args.wire_dtype, args.plan, context, state, args, stream, alone) {}
 };
 
 }  // namespace moe_efa::runtime

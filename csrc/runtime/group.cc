@@ -248,8 +248,8 @@ void Group::record(const Status& status) {
     if (failure_.ok()) failure_ = status;  // the first error wins (I6)
     failed_.store(true);
   }
-  if (device_state_) device_state_->stop();
   liveness_->abort(status);
+  if (device_state_) device_state_->stop();
 }
 
 void Group::check() const {
@@ -578,7 +578,7 @@ void Group::run_in_turn(const StartedCall& call, const std::function<bool()>& un
   run(in_turn, call.phase(), until);
 }
 
-DispatchBuffers Group::finish(std::uint64_t ticket) {
+DispatchBuffers Group::finish(std::uint64_t ticket, void* stream) {
   double begin = monotonic_s();
   std::shared_ptr<StartedCall> call = pending_call(ticket);
   pending_.erase(ticket);
@@ -586,7 +586,7 @@ DispatchBuffers Group::finish(std::uint64_t ticket) {
   MOE_EFA_CHECK(!dispatch_, "finish() inside a dispatch");
   auto* on_device = dynamic_cast<DeviceCall*>(call.get());
   run_in_turn(*call, [&] { return on_device == nullptr ? call->done() : on_device->returns(*device_); });
-  if (on_device != nullptr) on_device->leave();
+  if (on_device != nullptr) on_device->leave(static_cast<kernels::Device::Stream>(stream));
   count(call->phase(), call->plan(), call->wire_dtype());
   phase_stats_[static_cast<int>(call->phase())].seconds += monotonic_s() - begin;
   if (call->phase() == Phase::kCombine || on_device != nullptr) return {};
@@ -656,11 +656,7 @@ void Group::settle_background() {
 
 void Group::drop_started() {
   std::lock_guard lock(calls_mutex_);
-  bool moving = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
-  if (device_state_ && moving) {
-    device_state_->stop();
-    device_state_->drain();
-  }
+  stop_kernels();
   for (auto& calls : moving_) calls.clear();
 }
 
@@ -690,10 +686,28 @@ void Group::drain(double most_s) {
     return idle;
   };
   while (!idle() && !failed_.load() && !liveness_->failed() && monotonic_s() - begin < most_s) {
+    if (most_s > kDrainS && interrupt_check_) interrupt_check_();
     if (!driver_) {
       sleep_us(kRailsPauseUs);
     } else if (!driver_->try_step()) {
       sched_yield();
+    }
+  }
+}
+
+// A caller who closes has been promised the results of what it finished.
+void Group::check_results(double timeout_s) {
+  std::lock_guard lock(calls_mutex_);
+  for (const auto& calls : moving_) {
+    for (const auto& call : calls) {
+      bool finished =
+          std::none_of(pending_.begin(), pending_.end(), [&](const auto& one) { return one.second == call; });
+      if (!finished) continue;
+      std::ostringstream text;
+      text << proto::phase_name(call->phase()) << " epoch " << call->epoch() << " on rank " << config_.topology.rank
+           << " was still under way " << timeout_s << " s after close(): waiting" << describe_wait(call->waiting());
+      return record({StatusCode::kPeerTimeout, call->waiting().rank, static_cast<int>(call->phase()),
+                     static_cast<std::int64_t>(call->epoch()), -1, text.str()});
     }
   }
 }
@@ -728,7 +742,8 @@ void Group::close(bool collective, double timeout_s, const std::string& reason) 
     if (started_ && dispatch_) {
       abort("closed in the middle of a dispatch");
     } else if (started_ && !broken()) {
-      drain(std::min(timeout_s, kDrainS));
+      drain(device_ && collective ? timeout_s : std::min(timeout_s, kDrainS));
+      if (device_ && collective && !broken()) check_results(timeout_s);
       if (!broken()) {
         // Who waits for the others goes on serving the calls that it entered; who does not vouches for those that
         // ended.
@@ -769,6 +784,7 @@ void Group::close_together(double timeout_s) {
     missing.message = text.str();
     return record(missing);
   }
+  slots_.close_imports();  // nobody's kernels run any more, and nobody has freed what it exported
   liveness_->farewell();
   begin = monotonic_s();
   while (!liveness_->wait_farewells(kTurnS)) {
@@ -789,6 +805,9 @@ GroupStats Group::stats() {
   for (double begin = monotonic_s(); !settled && !failed_.load() && !closed_ && monotonic_s() - begin < 1;) {
     if (!driver_->try_step()) sched_yield();
     driver_->inspect([&](engine::Engine& engine) { settled = !engine.has_pending_writes() && descriptors_->empty(); });
+    if (device_state_) {
+      settled = settled && device_state_->all_fed(Phase::kDispatch) && device_state_->all_fed(Phase::kCombine);
+    }
   }
   driver_->inspect([&](engine::Engine& engine) {
     for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p].wire_bytes = engine.stats().wire_bytes[p];

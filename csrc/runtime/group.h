@@ -126,8 +126,9 @@ class Group {
   // other, in the order of all calls (I14); finish() may come in any order.
   std::uint64_t dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool);
   std::uint64_t combine_start(const CombineRequest& request);
-  DispatchBuffers finish(std::uint64_t ticket);  // empty for a combine
-  bool ended(std::uint64_t ticket) const;        // finish() would not wait
+  // `stream`: on a device, where the caller goes on.
+  DispatchBuffers finish(std::uint64_t ticket, void* stream = nullptr);  // empty for a combine
+  bool ended(std::uint64_t ticket) const;                                // finish() would not wait
   // Instead of finish(): true, and the ticket is gone, once the call touches no memory of the caller's any more.
   // Nothing else ends a call that was started: its results are dropped, but the others get from this rank what it owes
   // them.
@@ -137,6 +138,7 @@ class Group {
   // caller's stream. In a dispatch the caller gives memory in between: sizes, which wait for the counts, then place.
   DispatchSizes dispatch_sizes(std::uint64_t ticket);
   void dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory);
+  void synchronize();  // until finished calls are done, which on a device is later
   std::size_t device_send_bytes(std::uint32_t num_tokens) const;
   // Where the kernels of calls go that are not alone.
   void* own_stream(proto::Phase phase) const { return device_->own_stream(static_cast<std::uint32_t>(phase)); }
@@ -160,6 +162,7 @@ class Group {
   bool peer_left(std::uint32_t rank, bool wait) const;
   common::Status departure(proto::Phase phase, std::int64_t epoch) const;
   void drain(double most_s);
+  void check_results(double timeout_s);
   std::uint64_t calls_done();
   bool left_behind();
   void close_together(double timeout_s);
@@ -188,7 +191,7 @@ class Group {
                       bool* warned);
   common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
   void open_device_state();
-  bool feed_driver();
+  void stop_kernels();
   void close_device();
   std::shared_ptr<kernels::Plan> new_device_plan(const DispatchRequest& request) const;
   std::uint64_t start_device_dispatch(const DispatchRequest& request, const Prepared& prepared);
@@ -224,6 +227,7 @@ class Group {
   std::shared_ptr<kernels::Device> device_;
   std::vector<std::byte*> device_regions_;  // that the device has mapped
   std::unique_ptr<kernels::device::State> device_state_;
+  std::vector<std::shared_ptr<StartedCall>> stuck_;  // after an error: their kernels have not left
 
   std::optional<kernels::cpu::DispatchCall> dispatch_;
   DispatchRequest dispatch_request_;

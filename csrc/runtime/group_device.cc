@@ -1,5 +1,8 @@
 // What a Group does otherwise where its tensors are on a device.
+#include <algorithm>
+
 #include "common/check.h"
+#include "common/log.h"
 #include "kernels/device/plan_memory.h"
 #include "runtime/device_started.h"
 #include "runtime/group.h"
@@ -9,6 +12,12 @@ namespace moe_efa::runtime {
 using common::StatusCode;
 using common::StatusError;
 using proto::Phase;
+
+namespace {
+
+constexpr double kStopS = 5;  // for kernels to leave
+
+}  // namespace
 
 // After the mates' memory is mapped.
 void Group::open_device_state() {
@@ -24,29 +33,60 @@ void Group::open_device_state() {
   device_state_ = std::make_unique<kernels::device::State>(
       device_, view_, seen,
       kernels::device::StateConfig{config_.max_tokens_per_rank, context().num_nics, config_.timeout_s});
-  if (driver_) driver_->set_feed([this] { return feed_driver(); });
+  // On the driver's thread: what kernels have packed goes on at once, whoever steps the calls.
+  if (driver_) driver_->set_feed([this] { return device_state_->feed(descriptors_.get()); });
 }
 
-// On the driver's thread: what kernels have packed becomes descriptors at once, whoever steps the calls.
-bool Group::feed_driver() {
-  std::unique_lock lock(calls_mutex_, std::try_to_lock);
-  if (!lock.owns_lock()) return false;  // its holder does the same
-  bool moved = false;
-  for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
-    moved |= device_state_->phase(phase).ready->poll(*descriptors_);
+// With calls_mutex_ held, and for the time after an error, or a close that others cut short. Kernels that wait leave by
+// themselves; one that is queued behind something of the caller's, such as a collective of another library, may not
+// come to run for long. It is given a moment; then what it would touch is kept for ever.
+void Group::stop_kernels() {
+  if (!device_state_) return;
+  device_state_->stop();
+  double begin = monotonic_s();
+  for (auto& calls : moving_) {
+    for (const auto& call : calls) {
+      auto& on_device = static_cast<DeviceCall&>(*call);
+      bool quiet = false;
+      kernels::device::quietly([&] { quiet = on_device.wait_quiet(std::max(0.0, kStopS - (monotonic_s() - begin))); });
+      if (!quiet) stuck_.push_back(call);
+    }
   }
-  return moved;
 }
 
 void Group::close_device() {
   if (!device_) return;
-  if (device_state_) device_state_->stop();
-  device_state_.reset();  // when its kernels have left
+  if (!stuck_.empty()) {
+    common::log_line("warning", static_cast<int>(config_.topology.rank),
+                     "kernels of a failed group are still queued: its memory is not given back");
+    slots_.abandon();
+    new std::unique_ptr<kernels::device::State>(std::move(device_state_));
+    new std::vector<std::shared_ptr<StartedCall>>(std::move(stuck_));
+    new transport::Segment(std::move(segment_));
+    new std::vector<transport::Segment>(std::move(mate_segments_));
+    return;
+  }
+  device_state_.reset();
   for (std::byte* region : device_regions_) {
     kernels::device::quietly([&] { device_->unmap_host(region); });
   }
   device_regions_.clear();
-  device_.reset();
+}
+
+// Results that the caller was promised are in its memory, or an error is raised.
+void Group::synchronize() {
+  check_open();
+  if (!device_) return;
+  for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
+    std::shared_ptr<StartedCall> last;
+    {
+      std::lock_guard lock(calls_mutex_);
+      for (const auto& call : moving_[static_cast<int>(phase)]) {
+        if (static_cast<DeviceCall&>(*call).launched()) last = call;
+      }
+    }
+    if (last) run_in_turn(*last, [&] { return last->done(); });
+  }
 }
 
 std::shared_ptr<kernels::Plan> Group::new_device_plan(const DispatchRequest& request) const {

@@ -42,7 +42,9 @@ std::string choose_buffers(const GroupConfig& config, const kernels::Device* dev
   if (config.buffers != "auto") return config.buffers;
   if (device == nullptr || (config.topology.node_size > 1 && !device->facts().shares_memory)) return "host";
   if (config.topology.num_nodes() == 1) return "device";
-  if (config.transport != "libfabric" || !device->facts().dma_buf || !device->facts().sees_writes) return "host";
+  // A flush is a call of the driver, which may wait for kernels that wait for what is to be flushed.
+  const kernels::DeviceFacts& facts = device->facts();
+  if (config.transport != "libfabric" || !facts.dma_buf || !facts.sees_writes || facts.flushes_writes) return "host";
   // Other providers copy with the CPU.
   std::string provider = config.provider;
   if (provider.empty()) provider = transport::default_provider({config.libfabric, config.libfabric_hints});
@@ -70,11 +72,7 @@ SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& lay
 SlotMemory::~SlotMemory() { release(); }
 
 void SlotMemory::release() {
-  for (const auto& [exported, memory] : imported_) {
-    std::byte* mapped = memory;
-    kernels::device::quietly([&] { device_->close_memory(mapped); });
-  }
-  imported_.clear();
+  close_imports();
   if (dmabuf_fd_ >= 0) ::close(dmabuf_fd_);
   if (slots_ != nullptr) kernels::device::quietly([&] { device_->free(slots_); });
   slots_ = nullptr;
@@ -85,7 +83,25 @@ std::byte* SlotMemory::import(const std::string& exported) {
   if (exported.empty()) refuse("a rank of this host exports no memory of its GPU: use buffers=\"host\"");
   auto known = imported_.find(exported);
   if (known != imported_.end()) return known->second;
-  return imported_[exported] = static_cast<std::byte*>(device_->import_memory(exported));
+  try {
+    return imported_[exported] = static_cast<std::byte*>(device_->import_memory(exported));
+  } catch (const common::StatusError& error) {
+    imported_.erase(exported);
+    refuse(std::string(error.what()) + ": this GPU cannot read the memory of another rank's; use buffers=\"host\"");
+  }
+}
+
+void SlotMemory::close_imports() {
+  for (const auto& [exported, memory] : imported_) {
+    std::byte* mapped = memory;
+    kernels::device::quietly([&] { device_->close_memory(mapped); });
+  }
+  imported_.clear();
+}
+
+void SlotMemory::abandon() {
+  imported_.clear();
+  slots_ = nullptr;
 }
 
 transport::MemoryDescriptor SlotMemory::descriptor() const {

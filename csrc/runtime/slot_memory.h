@@ -39,6 +39,10 @@ class SlotMemory {
 
   const std::string& exported() const { return exported_; }  // empty: there is nothing to reach
   std::byte* import(const std::string& exported);
+  // When no kernel reads them any more, and before any mate frees what it exported.
+  void close_imports();
+  // Leaves the memory to kernels that may still run, for ever.
+  void abandon();
   transport::MemoryDescriptor descriptor() const;
   // Must landed bytes be flushed before kernels may read them?
   bool wants_flush() const { return apart() && device_->facts().flushes_writes; }

@@ -58,6 +58,41 @@ bool read_record(const CallContext& context, Phase phase, std::uint64_t epoch, s
 
 }  // namespace
 
+Announcement next_dispatch(RankState& state, const DispatchArgs& args) {
+  Plan& plan = *args.plan;
+  Announcement own;
+  own.phase = Phase::kDispatch;
+  own.epoch = state.epoch[0]++;
+  own.call = state.call++;
+  if (!plan.complete) plan.plan_id = own.epoch;
+  own.plan_id = plan.plan_id;
+  own.dtype = args.wire_dtype;
+  if (plan.complete) {
+    own.flags = proto::kFlagReplay;
+  } else if (plan.is_static()) {
+    own.flags = proto::kFlagStatic;
+    own.capacity = static_cast<std::uint32_t>(plan.capacity);
+    own.expert_alignment = plan.expert_alignment;
+  }
+  return own;
+}
+
+Announcement next_combine(RankState& state, const CombineArgs& args) {
+  Announcement own;
+  own.phase = Phase::kCombine;
+  own.epoch = state.epoch[1]++;
+  own.call = state.call++;
+  own.plan_id = args.plan->plan_id;
+  own.flags = args.weight_grads != nullptr ? proto::kFlagWeightGrads : 0;
+  own.dtype = args.wire_dtype;
+  return own;
+}
+
+bool may_begin(const CallContext& context, const Announcement& own) {
+  const proto::NodeView& view = context.view;
+  return view.topology.num_nodes() == 1 || load_acquire(view.own_word(view.layout.retired(own.phase))) + 1 >= own.epoch;
+}
+
 void announce(const CallContext& context, const Announcement& own, const RingFacts* const* facts,
               const std::uint64_t* first_seq, const std::vector<std::uint32_t>* const* expert_counts) {
   const proto::NodeView& view = context.view;

@@ -19,6 +19,14 @@ struct Announcement {
   std::uint32_t capacity = 0, expert_alignment = 0;  // with kFlagStatic; they may differ between ranks
 };
 
+// The next call of a phase: takes its numbers. A fresh dispatch names its plan.
+Announcement next_dispatch(RankState& state, const DispatchArgs& args);
+Announcement next_combine(RankState& state, const CombineArgs& args);
+
+// Whether a call may announce itself: counts buffers alternate, and those of e - 2 must be wholly out of the way (I4,
+// I11).
+bool may_begin(const CallContext& context, const Announcement& own);
+
 // Raises the begun word, then writes one CountsRecord per node: to the own board, and to the rail peers through the
 // driver. facts[node] and first_seq[node] describe the chunks that this rank will write into that node's ring.
 // expert_counts[node] is null where no per-expert counts follow.

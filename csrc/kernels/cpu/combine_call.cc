@@ -35,12 +35,7 @@ CombineCall::CombineCall(const CallContext& context, const CombineArgs& args) : 
   published_.assign(num_rings, 0);
   forwarded_.assign(config.num_nodes, 0);
   received_.assign(config.num_nodes, 0);
-  own_.phase = kPhase;
-  own_.epoch = state.epoch[1]++;
-  own_.call = state.call++;
-  own_.plan_id = args_.plan->plan_id;
-  own_.flags = args_.weight_grads != nullptr ? proto::kFlagWeightGrads : 0;
-  own_.dtype = args_.wire_dtype;
+  own_ = next_combine(state, args_);
   publish_base_ = state.combine_seen;
   receive_base_ = state.combine_received;
   for (std::size_t i = 0; i < num_rings; ++i) state.combine_seen[i] += args_.plan->rings[i].num_chunks;
@@ -82,10 +77,8 @@ bool CombineCall::step() {
 }
 
 bool CombineCall::begin() {
+  if (!may_begin(context_, own_)) return false;
   const proto::NodeView& view = context_.view;
-  if (view.topology.num_nodes() > 1 && load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
-    return false;
-  }
   // What this rank will forward to each of its rail peers.
   std::vector<const RingFacts*> facts;
   std::vector<std::uint64_t> first_seq;

@@ -31,18 +31,7 @@ DispatchCall::DispatchCall(const CallContext& context, const DispatchArgs& args)
   next_chunk_.assign(config.num_nodes, 0);
   rings_.resize(num_rings);
   RankState& state = context_.state;
-  own_.phase = kPhase;
-  own_.epoch = state.epoch[0]++;
-  own_.call = state.call++;
-  if (!replay_) args_.plan->plan_id = own_.epoch;
-  own_.plan_id = args_.plan->plan_id;
-  own_.flags = replay_ ? proto::kFlagReplay : 0;
-  if (!replay_ && args_.plan->is_static()) {
-    own_.flags = proto::kFlagStatic;
-    own_.capacity = static_cast<std::uint32_t>(args_.plan->capacity);
-    own_.expert_alignment = args_.plan->expert_alignment;
-  }
-  own_.dtype = args_.wire_dtype;
+  own_ = next_dispatch(state, args_);
   announced_.emplace(context_, own_, *args_.plan);
   first_seq_ = state.dispatch_sent;
   for (std::uint32_t node = 0; node < config.num_nodes; ++node) {
@@ -69,11 +58,7 @@ bool DispatchCall::step() {
 }
 
 bool DispatchCall::begin() {
-  const proto::NodeView& view = context_.view;
-  // Counts buffers alternate: those of e - 2 must be wholly out of the way (I4, I11).
-  if (view.topology.num_nodes() > 1 && load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
-    return false;
-  }
+  if (!may_begin(context_, own_)) return false;
   std::vector<const RingFacts*> facts;
   std::vector<const std::vector<std::uint32_t>*> counts;
   for (const SendPlan& send : args_.plan->send) {

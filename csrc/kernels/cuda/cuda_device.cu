@@ -1,13 +1,14 @@
 // CudaDevice: kernels::Device on the CUDA runtime API, and the one symbol that this library exports.
 //
 // Calls in a captured stream: launch, copy, and wait_for of a mark of that capture become nodes of the graph. mark is
-// captured too, and such a mark must not be asked whether it is reached. wait_for of any other mark fails, and drain
-// while anything is captured. The rest is about other streams and is done at once.
+// captured too, and such a mark must not be asked whether it is reached. wait_for of any other mark fails. The rest
+// is about other streams and is done at once.
 //
 // allocate, free, map_host, unmap_host, import_memory and close_memory may wait until kernels that run have ended,
 // whatever their stream: they are for times when none of ours waits for another rank.
 #include <unistd.h>
 
+#include <array>
 #include <cstdio>
 #include <memory>
 #include <mutex>
@@ -75,6 +76,34 @@ void check_abilities(int index) {
     if (attribute(needed.attribute, index) == 0) refuse(std::string("it cannot ") + needed.name);
   }
 }
+
+using OwnStreams = std::array<cudaStream_t, Device::kNumOwnStreams>;
+
+// Own streams outlive their device object: whoever allocates on them, as torch does, may come back to them later. The
+// next object takes them over.
+class StreamPool {
+ public:
+  static StreamPool& of_process() {
+    static auto* pool = new StreamPool;  // never destroyed, since the driver may be gone by then
+    return *pool;
+  }
+  OwnStreams take(int index) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<OwnStreams>& idle = idle_[index];
+    if (idle.empty()) return {};
+    OwnStreams streams = idle.back();
+    idle.pop_back();
+    return streams;
+  }
+  void give(int index, const OwnStreams& streams) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    idle_[index].push_back(streams);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int, std::vector<OwnStreams>> idle_;
+};
 
 class CudaDevice final : public Device {
  public:
@@ -269,28 +298,11 @@ class CudaDevice final : public Device {
   }
   void release(Mark mark) override { give_event(reinterpret_cast<cudaEvent_t>(mark)); }
 
-  // ---- At once ----
-
-  // By a copy on a stream of its own, which no kernel holds up. What can is another library that has a kernel of its
-  // own loaded meanwhile: the driver then waits for all kernels, under a lock that this copy needs too. Then the
-  // deadlines of the kernels end it.
-  void store_word(std::uint32_t* word, std::uint32_t value) override {
-    DeviceScope scope(primary_);
-    std::lock_guard<std::mutex> lock(store_mutex_);
-    *stored_ = value;
-    CUDA_CHECK(cudaMemcpyAsync(word, stored_, sizeof(value), cudaMemcpyHostToDevice, control_));
-    CUDA_CHECK(cudaStreamSynchronize(control_));
-  }
   void flush_writes() override {
     if (!facts_.flushes_writes) return;
     DeviceScope scope(primary_);
     CUDA_CHECK(cudaDeviceFlushGPUDirectRDMAWrites(cudaFlushGPUDirectRDMAWritesTargetCurrentDevice,
                                                   cudaFlushGPUDirectRDMAWritesToAllDevices));
-  }
-  // All that runs on the device: streams of callers are not ours to remember, they may be gone.
-  void drain() override {
-    DeviceScope scope(primary_);
-    CUDA_CHECK(cudaDeviceSynchronize());
   }
 
  private:
@@ -308,6 +320,7 @@ class CudaDevice final : public Device {
     bool flushable =
         (attribute(cudaDevAttrGPUDirectRDMAFlushWritesOptions, index_) & cudaFlushGPUDirectRDMAWritesOptionHost) != 0;
     facts_.flushes_writes = !ordered && flushable;
+    facts_.shares_memory = reaches_all_peers();
     facts_.sees_writes = ordered || flushable;
     int dma_buf = 0;
     check_driver(driver_api().device_get_attribute(&dma_buf, CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED, primary_.device()),
@@ -315,16 +328,26 @@ class CudaDevice final : public Device {
     facts_.dma_buf = dma_buf != 0 && driver_api().memory_get_handle != nullptr;
   }
 
+  // Of the GPUs that this process sees; those of other processes show when their memory is imported.
+  bool reaches_all_peers() const {
+    int count = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&count));
+    for (int peer = 0; peer < count; ++peer) {
+      int can = 1;
+      if (peer != index_) CUDA_CHECK(cudaDeviceCanAccessPeer(&can, index_, peer));
+      if (can == 0) return false;
+    }
+    return true;
+  }
+
   void make_streams() {
     int least = 0, greatest = 0;
     CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    for (cudaStream_t& stream : own_) {
-      CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
-    }
     CUDA_CHECK(cudaStreamCreateWithPriority(&control_, cudaStreamNonBlocking, greatest));
-    void* word = nullptr;
-    CUDA_CHECK(cudaHostAlloc(&word, sizeof(*stored_), cudaHostAllocPortable));
-    stored_ = static_cast<std::uint32_t*>(word);
+    own_ = StreamPool::of_process().take(index_);
+    for (cudaStream_t& stream : own_) {
+      if (stream == nullptr) CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+    }
   }
 
   // The driver loads a kernel when it is first used, and waits for all kernels that run: for ever, if one of those
@@ -338,16 +361,17 @@ class CudaDevice final : public Device {
       if (driver_api().function_load != nullptr) check_driver(driver_api().function_load(function), "cuFuncLoad");
     }
     // The driver's own, for memory.
-    void *memory = allocate(2 * sizeof(*stored_)), *host = allocate_host(sizeof(*stored_));
-    auto* words = static_cast<std::uint32_t*>(memory);
-    store_word(words, 1);
-    copy(words + 1, words, sizeof(*words), control_);
-    copy(host, words + 1, sizeof(*words), control_);
+    constexpr std::size_t kWord = sizeof(std::uint32_t);
+    auto* device = static_cast<std::uint32_t*>(allocate(kWord));
+    auto* host = static_cast<std::uint32_t*>(allocate_host(2 * kWord));
+    host[0] = 1;
+    copy(device, host, kWord, control_);
+    copy(host + 1, device, kWord, control_);
     CUDA_CHECK(cudaStreamSynchronize(control_));
-    std::uint32_t seen = *static_cast<volatile std::uint32_t*>(host);
+    std::uint32_t seen = *static_cast<volatile std::uint32_t*>(host + 1);
     free_host(host);
-    free(memory);
-    if (seen != 1) refuse("a word that was stored did not arrive");
+    free(device);
+    if (seen != 1) refuse("a word that was copied did not arrive");
   }
 
   // For memory of another device of this process.
@@ -379,10 +403,7 @@ class CudaDevice final : public Device {
 
   void destroy() {
     if (control_ != nullptr) cudaStreamDestroy(control_);
-    for (cudaStream_t stream : own_) {
-      if (stream != nullptr) cudaStreamDestroy(stream);
-    }
-    if (stored_ != nullptr) cudaFreeHost(stored_);
+    StreamPool::of_process().give(index_, own_);
     for (cudaEvent_t event : free_events_) cudaEventDestroy(event);
     for (const auto& [memory, base] : opened_) cudaIpcCloseMemHandle(base);
   }
@@ -390,11 +411,9 @@ class CudaDevice final : public Device {
   const int index_;
   const PrimaryContext primary_;
   DeviceFacts facts_;
-  cudaStream_t own_[kNumOwnStreams] = {};
+  OwnStreams own_{};
   cudaStream_t control_ = nullptr;  // for what must not wait
-  std::mutex store_mutex_;
-  std::uint32_t* stored_ = nullptr;  // pinned
-  std::mutex mutex_;                 // of what follows
+  std::mutex mutex_;                // of what follows
   std::vector<cudaEvent_t> free_events_;
   std::unordered_multimap<void*, void*> opened_;  // by what import_memory returned
 };

@@ -83,6 +83,7 @@ struct Watch {
   Fault* fault;              // mapped host memory
   std::uint64_t timeout_ns;  // of each wait
   std::uint32_t rank;
+  const std::uint64_t* stop;  // mapped host memory: not 0 ends all waits, without a fault; null: nobody can
 };
 
 // The first fault of a grid wins; the others only stop.
@@ -106,6 +107,15 @@ MOE_EFA_DEVICE bool faulted(Block& block, const Watch& watch) {
   return block.load_relaxed(watch.faults) != 0;
 }
 
+// For a thread that waits: another one has found a fault, or the host has given up.
+template <class Block>
+MOE_EFA_DEVICE bool must_leave(Block& block, const Watch& watch) {
+  if (faulted(block, watch)) return true;
+  if (watch.stop == nullptr || block.load_acquire(watch.stop) == 0) return false;
+  block.add_acq_rel(watch.faults, 1);  // so that blocks which do not wait leave as well
+  return true;
+}
+
 // For one thread. Until `observe()`, which reads words with acquire, is at least `least`. False when time is up, which
 // is reported, or when another thread has reported something.
 template <class Block, class Observe>
@@ -115,7 +125,7 @@ MOE_EFA_DEVICE bool wait_at_least(Block& block, const Watch& watch, std::uint64_
   if (got >= least) return true;
   std::uint64_t start = block.now_ns();
   do {
-    if (faulted(block, watch)) return false;
+    if (must_leave(block, watch)) return false;
     block.pause();
     got = observe();
     if (got >= least) return true;
@@ -177,7 +187,7 @@ MOE_EFA_DEVICE bool claim_chunk(Block& block, const Watch& watch, std::uint32_t*
       *chunk = first;
       return true;
     }
-    if (waiting == num_rings || faulted(block, watch)) return false;
+    if (waiting == num_rings || must_leave(block, watch)) return false;
     std::uint64_t now = block.now_ns();
     if (start == 0) start = now;
     if (now - start > watch.timeout_ns) {

@@ -18,8 +18,6 @@ class ReadyQueue {
   ReadyQueue(proto::Phase phase, std::uint32_t num_nodes, std::uint32_t slots, ChunkReady* words)
       : phase_(phase), slots_(slots), words_(words), rings_(num_nodes) {}
 
-  ChunkReady* words() { return words_; }
-
   // An epoch sends `num_chunks` to a node from `first_seq` on. What went before is done.
   void expect(std::uint32_t node, std::uint64_t epoch, std::uint64_t first_seq, std::uint32_t num_chunks) {
     rings_[node] = {epoch, first_seq, first_seq + num_chunks};

@@ -2,12 +2,10 @@
 
 #include <algorithm>
 
-#include "common/atomic.h"
 #include "common/status.h"
 
 namespace moe_efa::kernels::device {
 
-using common::load_acquire;
 using proto::Phase;
 
 namespace {
@@ -24,34 +22,26 @@ CombineCall::CombineCall(const CallContext& context, State& state, const Combine
       args_(args),
       launch_(state.device(), kPhase, stream, alone) {
   const proto::LayoutConfig& config = context_.view.layout.config();
-  RankState& counters = context_.state;
   announced_.assign(config.node_size + config.num_nodes, false);
-  own_.phase = kPhase;
-  own_.epoch = counters.epoch[1]++;
-  own_.call = counters.call++;
-  own_.plan_id = args_.plan->plan_id;
-  own_.flags = args_.weight_grads != nullptr ? proto::kFlagWeightGrads : 0;
-  own_.dtype = args_.wire_dtype;
+  own_ = cpu::next_combine(context_.state, args_);
 }
 
 bool CombineCall::step() {
   if (done_) return false;
   state_.check(kPhase);
   if (!begun_) return begin();
-  bool moved = context_.descriptors != nullptr && phase_.ready->poll(*context_.descriptors);
+  bool moved = state_.feed(context_.descriptors);
   moved |= step_announcements();
   if (!std::all_of(announced_.begin(), announced_.end(), [](bool announced) { return announced; })) return moved;
-  if (!launch_.reached() || !phase_.ready->empty()) return moved;
+  if (!launch_.quiet() || !state_.all_fed(kPhase)) return moved;
   state_.check(kPhase);
   done_ = true;
   return true;
 }
 
 bool CombineCall::begin() {
+  if (!cpu::may_begin(context_, own_)) return false;
   const proto::NodeView& view = context_.view;
-  if (view.topology.num_nodes() > 1 && load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
-    return false;
-  }
   const Plan& plan = *args_.plan;
   std::uint32_t nodes = view.topology.num_nodes();
   std::size_t own_rings = std::size_t{view.topology.local_rank()} * nodes;
@@ -60,15 +50,18 @@ bool CombineCall::begin() {
   for (std::size_t ring = 0; ring < plan.rings.size(); ++ring) {
     context_.state.combine_seen[ring] += plan.rings[ring].num_chunks;
   }
+  std::vector<Sending> sending;
   std::vector<const RingFacts*> facts;  // of what this rank will forward to each of its rail peers
   for (std::uint32_t node = 0; node < nodes; ++node) {
     facts.push_back(&plan.rings[own_rings + node]);
     context_.state.combine_received[node] += plan.send[node].facts.num_chunks;
-    if (node == view.topology.node()) continue;
-    phase_.ready->expect(node, own_.epoch, publish_seq_[own_rings + node], facts.back()->num_chunks);
+    if (node != view.topology.node()) {
+      sending.push_back({node, publish_seq_[own_rings + node], facts.back()->num_chunks});
+    }
   }
   queue();
-  cpu::announce(context_, own_, facts.data(), publish_seq_.data() + own_rings, nullptr);
+  state_.send(kPhase, own_.epoch, sending,
+              [&] { cpu::announce(context_, own_, facts.data(), publish_seq_.data() + own_rings, nullptr); });
   begun_ = true;
   return true;
 }
@@ -94,13 +87,13 @@ void CombineCall::queue() {
   combine.send_arrivals = phase_.words;
   combine.ring_arrivals = phase_.words + config.num_nodes * most;
   combine.next = combine.ring_arrivals + num_rings * most;
-  combine.ready = phase_.ready->words();
+  combine.ready = phase_.ready_words;
   combine.grids = phase_.grids;
   combine.watch = state_.watch(kPhase, 0);
   launch_.enter();
   upload.queue(state_.device(), launch_.stream());
   state_.device().launch(combine, state_.grids(launch_.alone()).combine, launch_.stream());
-  launch_.mark();
+  launch_.queued();
 }
 
 // Everyone this rank exchanges anything with has entered the same call (I14).

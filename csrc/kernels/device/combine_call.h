@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "kernels/cpu/announce.h"
@@ -22,7 +21,8 @@ class CombineCall {
   bool step();
   bool launched() const { return begun_; }  // the rest happens without the caller
   bool done() const { return done_; }       // on this rank: output complete, duties in the driver's hands (I13)
-  void leave() { launch_.leave(); }
+  const Launch& launch() const { return launch_; }
+  void leave(Device::Stream current) { launch_.leave(current); }
   Waiting waiting() const;
   std::uint64_t epoch() const { return own_.epoch; }
 

@@ -2,13 +2,10 @@
 
 #include <algorithm>
 
-#include "common/atomic.h"
-#include "common/status.h"
 #include "kernels/device/plan_memory.h"
 
 namespace moe_efa::kernels::device {
 
-using common::load_acquire;
 using proto::Phase;
 
 namespace {
@@ -27,19 +24,7 @@ DispatchCall::DispatchCall(const CallContext& context, State& state, const Dispa
       options_(options),
       launch_(state.device(), kPhase, options.stream, options.alone),
       replay_(args.plan->complete) {
-  RankState& counters = context_.state;
-  own_.phase = kPhase;
-  own_.epoch = counters.epoch[0]++;
-  own_.call = counters.call++;
-  if (!replay_) args_.plan->plan_id = own_.epoch;
-  own_.plan_id = args_.plan->plan_id;
-  own_.flags = replay_ ? proto::kFlagReplay : 0;
-  if (!replay_ && args_.plan->is_static()) {
-    own_.flags = proto::kFlagStatic;
-    own_.capacity = static_cast<std::uint32_t>(args_.plan->capacity);
-    own_.expert_alignment = args_.plan->expert_alignment;
-  }
-  own_.dtype = args_.wire_dtype;
+  own_ = cpu::next_dispatch(context_.state, args_);
   rings_.emplace(context_, own_, *args_.plan);
 }
 
@@ -48,7 +33,7 @@ bool DispatchCall::step() {
   state_.check(kPhase);
   if (!begun_) return begin();
   if (!announced_) return read_send_sizes();
-  bool moved = context_.descriptors != nullptr && phase_.ready->poll(*context_.descriptors);
+  bool moved = state_.feed(context_.descriptors);
   if (!rings_->complete() && rings_->step(context_, own_, *args_.plan)) {
     moved = true;
     if (rings_->complete() && !sizes_known_) {
@@ -60,7 +45,7 @@ bool DispatchCall::step() {
     queue_pull();
     return true;
   }
-  if (launched_ && rings_->complete() && launch_.reached() && phase_.ready->empty()) {
+  if (launched_ && rings_->complete() && launch_.quiet() && state_.all_fed(kPhase)) {
     state_.check(kPhase);
     done_ = true;
     return true;
@@ -69,11 +54,7 @@ bool DispatchCall::step() {
 }
 
 bool DispatchCall::begin() {
-  const proto::NodeView& view = context_.view;
-  // Counts buffers alternate: those of e - 2 must be wholly out of the way (I4, I11).
-  if (view.topology.num_nodes() > 1 && load_acquire(view.own_word(view.layout.retired(kPhase))) + 1 < own_.epoch) {
-    return false;
-  }
+  if (!cpu::may_begin(context_, own_)) return false;
   begun_ = true;
   first_seq_ = context_.state.dispatch_sent;
   ring_seq_ = context_.state.dispatch_seen;
@@ -110,7 +91,7 @@ void DispatchCall::queue_plan() {
   state_.device().copy(state_.sizes(), memory.send, views, launch_.stream());
   state_.device().copy(state_.sizes() + views, scratch.expert_counts,
                        std::size_t{state_.num_rings()} * config.experts_per_rank * 4, launch_.stream());
-  launch_.mark();  // the host goes on from here, while the first chunks are packed
+  launch_.mark_copies();  // the host goes on from here, while the first chunks are packed
   auto view = std::make_shared<cuda::PlanView>();
   view->num_tokens = args_.plan->num_tokens;
   view->num_nodes = config.num_nodes;
@@ -134,15 +115,16 @@ void DispatchCall::queue_first_pack() {
   pack_.call = upload.add(&call, 1);
   pack_.first_seq = upload.add(first_seq_.data(), first_seq_.size());
   pack_.arrivals = phase_.words;
-  pack_.ready = phase_.ready->words();
+  pack_.ready = phase_.ready_words;
   pack_.watch = state_.watch(kPhase, kPlanOrPack);
   upload.queue(state_.device(), launch_.stream());
   state_.device().launch(pack_, state_.grids(launch_.alone()).pack, launch_.stream());
+  launch_.queued();
 }
 
 // What plan has found, for the announcement.
 bool DispatchCall::read_send_sizes() {
-  if (!launch_.reached()) return false;
+  if (!launch_.copies_arrived()) return false;
   state_.check(kPhase);
   const proto::LayoutConfig& config = context_.view.layout.config();
   std::uint32_t nodes = config.num_nodes, experts = config.experts_per_rank * config.node_size;
@@ -159,15 +141,17 @@ bool DispatchCall::read_send_sizes() {
 void DispatchCall::announce_call() {
   std::vector<const RingFacts*> facts;
   std::vector<const std::vector<std::uint32_t>*> counts;
+  std::vector<Sending> sending;
   for (std::uint32_t node = 0; node < args_.plan->send.size(); ++node) {
     const SendPlan& send = args_.plan->send[node];
     facts.push_back(&send.facts);
     counts.push_back(&send.expert_counts);
     context_.state.dispatch_sent[node] += send.facts.num_chunks;
-    if (node == context_.view.topology.node()) continue;
-    phase_.ready->expect(node, own_.epoch, first_seq_[node], send.facts.num_chunks);
+    if (node != context_.view.topology.node()) sending.push_back({node, first_seq_[node], send.facts.num_chunks});
   }
-  cpu::announce(context_, own_, facts.data(), first_seq_.data(), replay_ ? nullptr : counts.data());
+  state_.send(kPhase, own_.epoch, sending, [&] {
+    cpu::announce(context_, own_, facts.data(), first_seq_.data(), replay_ ? nullptr : counts.data());
+  });
   announced_ = true;
 }
 
@@ -270,9 +254,8 @@ void DispatchCall::queue_pull() {
   pack_.chunk_begin = pack_.chunk_end;
   pack_.chunk_end = ~0u;
   bool rest = pack_.chunk_begin < pack_.plan.send_chunks;
-  device.launch(pull, sizes.pull + (rest ? sizes.pack_rest : 0), rest ? &pack_ : nullptr, rest ? sizes.pack_rest : 0,
-                launch_.stream());
-  launch_.mark();
+  device.launch(pull, sizes.pull_and_rest, rest ? &pack_ : nullptr, rest ? sizes.pack_rest : 0, launch_.stream());
+  launch_.queued();
   for (SendPlan& send : plan.send) send.expert_counts = {};
   plan.complete = true;
   launched_ = true;

@@ -36,7 +36,8 @@ class DispatchCall {
   void set_output(const DispatchOutput& output, void* plan_memory);
   bool launched() const { return launched_; }  // the rest happens without the caller
   bool done() const { return done_; }          // on this rank: output complete, duties in the driver's hands (I13)
-  void leave() { launch_.leave(); }
+  const Launch& launch() const { return launch_; }
+  void leave(Device::Stream current) { launch_.leave(current); }
   Waiting waiting() const;
   std::uint64_t epoch() const { return own_.epoch; }
 

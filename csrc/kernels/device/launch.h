@@ -3,49 +3,40 @@
 #pragma once
 
 #include "kernels/device.h"
-#include "kernels/device/state.h"
 #include "proto/topology.h"
 
 namespace moe_efa::kernels::device {
 
 class Launch {
  public:
-  Launch(Device& device, proto::Phase phase, Device::Stream caller, bool alone)
-      : device_(device),
-        caller_(caller),
-        stream_(alone ? caller : device.own_stream(static_cast<std::uint32_t>(phase))),
-        alone_(alone),
-        entered_(alone ? 0 : device.mark(caller)) {}
-  ~Launch() {
-    for (Device::Mark mark : {entered_, marked_}) {
-      if (mark != 0) quietly([&] { device_.release(mark); });
-    }
-  }
+  Launch(Device& device, proto::Phase phase, Device::Stream caller, bool alone);
+  ~Launch();
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 
   Device::Stream stream() const { return stream_; }
   bool alone() const { return alone_; }
   // Before the first kernel.
-  void enter() {
-    if (entered_ != 0) device_.wait_for(stream_, entered_);
-  }
-  // After some kernels; reached() is about the last mark.
-  void mark() {
-    if (marked_ != 0) device_.release(marked_);
-    marked_ = device_.mark(stream_);
-  }
-  bool reached() const { return marked_ != 0 && device_.reached(marked_); }
-  // What the caller queues from here on comes after the kernels.
-  void leave() {
-    if (!alone_ && marked_ != 0) device_.wait_for(caller_, marked_);
-  }
+  void enter();
+  // After copies that the host waits for.
+  void mark_copies() { replace(copies_); }
+  bool copies_arrived() const { return copies_ != 0 && device_.reached(copies_); }
+  // After everything else that was queued.
+  void queued() { replace(last_); }
+  // Whether all of it has run.
+  bool quiet() const { return last_ == 0 || device_.reached(last_); }
+  bool wait_quiet(double most_s) const;  // false where it has not in time
+  // What is queued from here on comes after the kernels: on the stream where the call began, whose memory it used, and
+  // on `current`, where it ends.
+  void leave(Device::Stream current);
 
  private:
+  void replace(Device::Mark& mark);
+
   Device& device_;
   Device::Stream caller_, stream_;
   bool alone_;
-  Device::Mark entered_, marked_ = 0;
+  Device::Mark entered_, copies_ = 0, last_ = 0;
 };
 
 }  // namespace moe_efa::kernels::device

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 
-#include "common/atomic.h"
+#include "common/check.h"
 #include "common/math.h"
 #include "common/status.h"
+#include "kernels/device/launch.h"
 #include "kernels/device/plan_memory.h"
 #include "kernels/device/upload.h"
 
@@ -15,6 +16,7 @@ using proto::Phase;
 namespace {
 
 constexpr double kKernelPatienceS = 2;  // more than the host's, which knows more to say
+constexpr double kCopyPatienceS = 60;   // for a few bytes
 
 }  // namespace
 
@@ -52,9 +54,9 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
     phase.faults = take_device<std::uint32_t>(1);
     phase.fault = take_host<cuda::Fault>(1);
     phase.words = take_device<std::uint32_t>(words);
-    std::size_t slots = nodes * layout.slots;
+    phase.ready_words = take_host<cuda::ChunkReady>(nodes * layout.slots);
     phase.ready = std::make_unique<cuda::ReadyQueue>(dispatch ? Phase::kDispatch : Phase::kCombine, layout.num_nodes,
-                                                     layout.slots, take_host<cuda::ChunkReady>(slots));
+                                                     layout.slots, phase.ready_words);
   }
   std::size_t rows = cuda::plan_rows(layout, config.max_tokens);
   scratch_.entry_begin = take_device<std::uint32_t>(rows + nodes);
@@ -63,6 +65,7 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
   std::size_t warps = std::size_t{cuda::kPlanBlocks} * (cuda::kPlanThreads / cuda::kWarpSize);
   scratch_.columns = take_device<std::uint32_t>(warps * cuda::plan_columns(layout));
   sizes_ = take_host<std::byte>(nodes * sizeof(cuda::SendView) + num_experts * 4);
+  stop_ = take_host<std::uint64_t>(1);
 
   std::size_t mates = memory.size();
   std::byte** bases = take_host<std::byte*>(2 * mates);
@@ -71,14 +74,16 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
     bases[mates + mate] = memory[mate].slot_base();
   }
   std::byte** placed = take_device<std::byte*>(2 * mates);
-  device_->copy(placed, bases, 2 * mates * sizeof(*bases), device_->own_stream(0));
-  device_->drain();
+  Launch copied(*device_, Phase::kDispatch, device_->own_stream(0), true);
+  device_->copy(placed, bases, 2 * mates * sizeof(*bases), copied.stream());
+  copied.queued();
+  MOE_EFA_CHECK(copied.wait_quiet(kCopyPatienceS),
+                "the GPU did not copy " << mates << " addresses in " << kCopyPatienceS << " s");
   device_view_.regions = placed;
   device_view_.slot_bases = placed + mates;
 }
 
 State::~State() {
-  drain();
   for (void* memory : device_memory_) quietly([&] { device_->free(memory); });
   for (void* memory : host_memory_) quietly([&] { device_->free_host(memory); });
 }
@@ -107,7 +112,7 @@ GridSizes State::grids(bool alone) const {
   GridSizes sizes{};
   sizes.pack = std::min(cuda::kPackBlocks, most);
   sizes.pack_rest = std::max(1u, std::min(cuda::kPackBlocks, most / 2));
-  sizes.pull = most - sizes.pack_rest;
+  sizes.pull_and_rest = most;
   sizes.combine = {std::max(1u, most / 4), std::max(1u, most / 4), std::max(1u, most - 2 * (most / 4))};
   return sizes;
 }
@@ -115,7 +120,7 @@ GridSizes State::grids(bool alone) const {
 cuda::Watch State::watch(Phase which, std::uint32_t grid) {
   const PhaseState& state = phase(which);
   auto timeout_ns = static_cast<std::uint64_t>((config_.timeout_s + kKernelPatienceS) * 1e9);
-  return {state.grids + grid, state.faults, state.fault, timeout_ns, device_view_.topology.rank};
+  return {state.grids + grid, state.faults, state.fault, timeout_ns, device_view_.topology.rank, stop_};
 }
 
 void State::check(Phase phase) const {
@@ -135,12 +140,17 @@ void State::check(Phase phase) const {
   }
 }
 
-void State::stop() noexcept {
-  for (PhaseState& phase : phases_) quietly([&] { device_->store_word(phase.faults, 1); });
+bool State::feed(engine::DescriptorRing* descriptors) {
+  if (descriptors == nullptr) return false;
+  std::lock_guard lock(ready_mutex_);
+  bool moved = false;
+  for (PhaseState& phase : phases_) moved |= phase.ready->poll(*descriptors);
+  return moved;
 }
 
-void State::drain() noexcept {
-  quietly([&] { device_->drain(); });
+bool State::all_fed(Phase which) {
+  std::lock_guard lock(ready_mutex_);
+  return phase(which).ready->empty();
 }
 
 }  // namespace moe_efa::kernels::device

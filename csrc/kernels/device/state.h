@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <vector>
 
+#include "common/atomic.h"
+#include "engine/descriptor_ring.h"
 #include "kernels/cuda/combine.h"
 #include "kernels/cuda/fault.h"
 #include "kernels/cuda/plan.h"
@@ -35,7 +38,7 @@ void quietly(const Action& action) noexcept {
 
 // How many blocks the grids of a call have.
 struct GridSizes {
-  std::uint32_t pack, pack_rest, pull;
+  std::uint32_t pack, pull_and_rest, pack_rest;  // of pull_and_rest, so many pack what is left
   cuda::CombineBlocks combine;
 };
 
@@ -44,11 +47,19 @@ struct PhaseState {
   std::byte* staging = nullptr;    // host: what is copied to the device
   std::byte* arguments = nullptr;  // device: where most of it goes
   std::size_t staging_bytes = 0, arguments_bytes = 0;
-  cuda::GridState* grids = nullptr;  // [3], device
-  std::uint32_t* faults = nullptr;   // device
-  cuda::Fault* fault = nullptr;      // host
-  std::uint32_t* words = nullptr;    // device: zeros between calls
-  std::unique_ptr<cuda::ReadyQueue> ready;
+  cuda::GridState* grids = nullptr;         // [3], device
+  std::uint32_t* faults = nullptr;          // device
+  cuda::Fault* fault = nullptr;             // host
+  std::uint32_t* words = nullptr;           // device: zeros between calls
+  cuda::ChunkReady* ready_words = nullptr;  // host
+  std::unique_ptr<cuda::ReadyQueue> ready;  // see State::send
+};
+
+// What a call sends to a node: chunks from `first_seq` on.
+struct Sending {
+  std::uint32_t node;
+  std::uint64_t first_seq;
+  std::uint32_t num_chunks;
 };
 
 class State {
@@ -68,9 +79,22 @@ class State {
   cuda::Watch watch(proto::Phase phase, std::uint32_t grid);
   // Throws what a kernel has found.
   void check(proto::Phase phase) const;
-  // Every grid leaves soon, and its call stays unfinished. Neither throws: they are for the time after an error.
-  void stop() noexcept;
-  void drain() noexcept;  // until no kernel runs
+  // Every grid leaves soon, and its call stays unfinished. No call of the device, which might wait for them.
+  void stop() { common::store_release(stop_, 1); }
+
+  // From here on what kernels pack for an epoch becomes descriptors, behind those that `announce` pushes. This and
+  // feed() are the descriptors' producers, on any thread, and none of them calls the device: who holds up chunks holds
+  // up all ranks.
+  template <typename Announce>
+  void send(proto::Phase phase, std::uint64_t epoch, const std::vector<Sending>& sending, const Announce& announce) {
+    std::lock_guard lock(ready_mutex_);
+    announce();
+    for (const Sending& to : sending) {
+      this->phase(phase).ready->expect(to.node, epoch, to.first_seq, to.num_chunks);
+    }
+  }
+  bool feed(engine::DescriptorRing* descriptors);  // true when anything moved
+  bool all_fed(proto::Phase phase);
 
   // Words of a phase (device), in order.
   std::uint32_t most_chunks() const { return most_chunks_; }  // to one node, or of one ring
@@ -98,6 +122,8 @@ class State {
   std::uint32_t most_chunks_;
   std::vector<void*> device_memory_, host_memory_;
   PhaseState phases_[proto::kNumPhases];
+  std::mutex ready_mutex_;
+  std::uint64_t* stop_ = nullptr;  // host
   SendScratch scratch_{};
   std::byte* sizes_ = nullptr;
 };

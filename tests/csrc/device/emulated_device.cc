@@ -94,7 +94,7 @@ EmulatedDevice::EmulatedDevice(bool stream_ordered) {
 }
 
 EmulatedDevice::~EmulatedDevice() {
-  drain();
+  for (EmulatedStream& stream : streams_) stream.drain();
   while (!memory_.empty()) free(memory_.begin()->first);
 }
 
@@ -249,14 +249,6 @@ void EmulatedDevice::wait_for(Stream stream, Mark mark) {
 void EmulatedDevice::release(Mark mark) {
   std::lock_guard lock(mutex_);
   if (points_.erase(mark) == 0) fail("release() of something else");
-}
-
-void EmulatedDevice::store_word(std::uint32_t* word, std::uint32_t value) {
-  __atomic_store_n(word, value, __ATOMIC_RELAXED);
-}
-
-void EmulatedDevice::drain() {
-  for (EmulatedStream& stream : streams_) stream.drain();
 }
 
 }  // namespace moe_efa::testing

@@ -63,9 +63,7 @@ class EmulatedDevice final : public kernels::Device {
   bool reached(Mark mark) override;
   void wait_for(Stream stream, Mark mark) override;
   void release(Mark mark) override;
-  void store_word(std::uint32_t* word, std::uint32_t value) override;
   void flush_writes() override { ++flushes_; }
-  void drain() override;
 
   // For tests.
   kernels::DeviceFacts& change_facts() { return facts_; }

@@ -34,9 +34,7 @@ class StandIn : public kernels::Device {
   bool reached(Mark) override { fail(); }
   void wait_for(Stream, Mark) override { fail(); }
   void release(Mark) override { fail(); }
-  void store_word(std::uint32_t*, std::uint32_t) override { fail(); }
   void flush_writes() override { fail(); }
-  void drain() override { fail(); }
 
  private:
   [[noreturn]] static void fail() {

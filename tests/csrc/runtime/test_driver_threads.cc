@@ -202,7 +202,7 @@ class Rank {
     });
     if (!stage_.broken) return;
     device_->stop();  // what it reads and writes goes away with this rank
-    device_->device().drain();
+    call.launch().wait_quiet(kPatienceS);
   }
 
   void require(bool condition, std::size_t call, const char* what) {

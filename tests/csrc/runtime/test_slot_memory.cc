@@ -115,7 +115,7 @@ Results run_rounds(Group& group, EmulatedDevice* device, std::uint32_t rank, std
       combine.y = got.data();
       combine.weights = row_weights.data();
       group.finish(group.combine_start(combine));
-      device->drain();
+      group.synchronize();
       device->free(send);
       device->free(plan);
     }
