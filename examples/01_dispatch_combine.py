@@ -33,6 +33,7 @@ def main() -> None:
         max_tokens_per_rank=2,
         node_size=max(1, num_ranks // 2),
         transport="shm",  # "auto" on a cluster: EFA
+        device="cpu",  # or "cuda", with tensors there
     )
     # Two tokens per rank: rank r's hold 10 r and 10 r + 1. Token t selects experts r + t and r + t + 1.
     x = (10.0 * rank + torch.arange(2.0))[:, None].repeat(1, 8).requires_grad_()

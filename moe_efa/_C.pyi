@@ -154,8 +154,10 @@ class Group:
     def dispatch_start(self, args: DispatchArgs, pool: HostPool | None) -> int:
         """A ticket for finish(). What the arguments point to stays until then."""
     def combine_start(self, args: CombineArgs) -> int: ...
-    def finish(self, ticket: int) -> DispatchBuffers:
-        """Wait for a started call. A combine gives no buffers."""
+    def finish(self, ticket: int, stream: int = 0) -> DispatchBuffers:
+        """Wait for a started call; on a device ``stream`` goes on behind it. A combine gives no buffers."""
+    def synchronize(self) -> None:
+        """On a device: until what finished calls have queued is done."""
     def ended(self, ticket: int) -> bool:
         """Whether finish() would not wait."""
     def forget(self, ticket: int) -> bool:

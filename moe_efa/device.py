@@ -14,11 +14,14 @@ CUDA_LIBRARY = Path(__file__).with_name("libmoe_efa_cuda.so")
 
 
 def resolve(device: torch.device | str | None) -> str:
-    """The word for :class:`ExpertParallelConfig` of what a caller asks for; None takes the GPU where there is one.
+    """The word for :class:`ExpertParallelConfig` of what a caller asks for.
+
+    None takes MOE_EFA_DEVICE, otherwise the GPU where there is one.
 
     Raises:
         ConfigError: for a device that this build, or this machine, does not have.
     """
+    device = env.device() if device is None else device
     if device is None:
         return "cuda" if torch.cuda.is_available() and CUDA_LIBRARY.exists() else "cpu"
     try:
@@ -44,12 +47,10 @@ def resolve(device: torch.device | str | None) -> str:
 
 def native_options(device: str) -> dict[str, Any]:
     """Fields of the native configuration for this process's device; none where the CPU kernels run."""
-    library = env.device_library()
-    if library is not None:
-        return {"device_library": library}
-    if device == "cpu":
+    library = env.device_library() or (None if device == "cpu" else str(CUDA_LIBRARY))
+    if library is None:
         return {}
-    return {"device_library": str(CUDA_LIBRARY), "device_index": torch.cuda.current_device()}
+    return {"device_library": library, "device_index": 0 if device == "cpu" else torch.cuda.current_device()}
 
 
 def of_tensors(device: str) -> torch.device:

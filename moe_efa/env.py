@@ -53,6 +53,12 @@ VARIABLES = (
         "Memory of freed results on the CPU that a process keeps for the next ones; 0 keeps none.",
     ),
     Variable(
+        "MOE_EFA_DEVICE",
+        "cpu or cuda",
+        "cuda where it works",
+        "Where tensors are, for whoever does not say (`device=None`).",
+    ),
+    Variable(
         "MOE_EFA_DEVICE_LIBRARY",
         "path",
         "none",
@@ -118,6 +124,16 @@ def output_cache_bytes() -> int:
     if not text.isdecimal():
         raise ConfigError(f"MOE_EFA_OUTPUT_CACHE_BYTES={text!r} is not an integer >= 0")
     return int(text)
+
+
+def device() -> str | None:
+    """MOE_EFA_DEVICE, or None. Raises ConfigError if it is neither cpu nor cuda."""
+    text = os.environ.get("MOE_EFA_DEVICE")
+    if not text:
+        return None
+    if text not in ("cpu", "cuda"):
+        raise ConfigError(f"MOE_EFA_DEVICE={text!r} is neither cpu nor cuda")
+    return text
 
 
 def device_library() -> str | None:

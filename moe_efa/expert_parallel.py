@@ -39,9 +39,10 @@ class ExpertParallel:
     Args:
         group: torch.distributed process group of any backend, for the rendezvous only (no reference is kept), or None
             for a single rank.
-        device: where tensors are: "cpu" or "cuda", the same on all ranks; None takes the current GPU, where torch has
-            one and this build has the kernels for it, otherwise the CPU. On a GPU calls are queued on the current
-            stream, as torch's are, and a wrong expert id is found by the kernel: it fails the group on all ranks.
+        device: where tensors are: "cpu" or "cuda", the same on all ranks; None takes MOE_EFA_DEVICE, otherwise the
+            current GPU, where torch has one and this build has the kernels for it, otherwise the CPU. On a GPU calls
+            are queued on the current stream, as torch's are (see :meth:`synchronize`), and a wrong expert id is found
+            by the kernel: it fails the group on all ranks.
         others: see :class:`ExpertParallelConfig`.
 
     Raises:
@@ -373,6 +374,19 @@ class ExpertParallel:
             weighted=weighted,
             late=late,
         )
+
+    def synchronize(self) -> None:
+        """Wait until the results of all finished calls are there, or raise why they never will be.
+
+        On a GPU calls return when they are queued: what goes wrong later, such as a lost rank, leaves results undefined
+        and is raised by the next call. So this comes before whatever must not see such results: a step of the
+        optimizer, a checkpoint. On the CPU there is nothing to wait for. Not collective.
+
+        Raises:
+            ClosedError, TransportError: as :meth:`dispatch`.
+        """
+        self._check_open()
+        self._native.synchronize()
 
     def stats(self) -> dict[str, Any]:
         """Counters since construction, of all objects that share the native group.

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -118,13 +118,7 @@ class NativeGroup:
 
         In static mode, with a capacity on every rank, rows is that.
         """
-        if self.on_device:
-            started = self.start_dispatch(x, topk_idx, topk_weights, expert_alignment, capacity=capacity, alone=True)
-            plan, rows, _, made = self.finish_dispatch(started)
-            assert made is not None
-            return plan, rows, made
-        args = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity)
-        plan, rows, _, weights = self._dispatch(args, x.dtype, with_weights=True, capacity=capacity)
+        plan, rows, _, weights = self._fresh(x, topk_idx, topk_weights, expert_alignment, capacity)
         return plan, rows, weights
 
     @nvtx.annotated("dispatch")
@@ -135,37 +129,57 @@ class NativeGroup:
 
         The rows of the wire as they are, so ``wire_dtype`` must be "fp8".
         """
-        if self.on_device:
-            started = self.start_dispatch(
-                x, topk_idx, topk_weights, expert_alignment, capacity=capacity, fp8_output=True, alone=True
-            )
-            plan, rows, scales, made = self.finish_dispatch(started)
-            assert scales is not None
-            assert made is not None
-            return plan, rows, scales, made
-        args = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=True)
-        plan, rows, scales, weights = self._dispatch(args, torch.float8_e4m3fn, with_weights=True, capacity=capacity)
+        plan, rows, scales, weights = self._fresh(
+            x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=True
+        )
         assert scales is not None
         return plan, rows, scales, weights
+
+    def _fresh(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        expert_alignment: int,
+        capacity: int | None,
+        *,
+        fp8_output: bool = False,
+    ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
+        """(plan, rows, scales of FP8 rows, weights)."""
+        if self.on_device:
+            started = self.start_dispatch(
+                x, topk_idx, topk_weights, expert_alignment, capacity=capacity, fp8_output=fp8_output, alone=True
+            )
+            plan, rows, scales, weights = self.finish_dispatch(started)
+            assert weights is not None
+            return plan, rows, scales, weights
+        call = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output)
+        return self._dispatch(call, _dtype_of_rows(x, fp8_output), with_weights=True, capacity=capacity)
 
     @nvtx.annotated("dispatch")
     def replay(self, x: Tensor, plan: _C.Plan, *, gradient: bool = False) -> Tensor:
         """x [T, H] -> rows [rows, H] of a plan, in x's dtype; a gradient travels in its own wire dtype. Collective."""
-        if self.on_device:
-            return self.finish_dispatch(self.start_replay(x, plan, gradient=gradient, alone=True))[1]
-        args = self._replay_args(x, plan, gradient=gradient)
-        return self._dispatch(args, x.dtype, with_weights=False)[1]
+        return self._replay(x, plan, gradient=gradient)[0]
 
     @nvtx.annotated("dispatch")
     def replay_fp8(self, x: Tensor, plan: _C.Plan) -> tuple[Tensor, Tensor]:
         """x [T, H] -> rows [rows, H] e4m3 and scales [rows, ceil(H / 128)] fp32 of a plan. Collective."""
-        if self.on_device:
-            _, rows, scales, _ = self.finish_dispatch(self.start_replay(x, plan, fp8_output=True, alone=True))
-        else:
-            args = self._replay_args(x, plan, fp8_output=True)
-            _, rows, scales, _ = self._dispatch(args, torch.float8_e4m3fn, with_weights=False)
+        rows, scales = self._replay(x, plan, fp8_output=True)
         assert scales is not None
         return rows, scales
+
+    def _replay(
+        self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(rows, scales of FP8 rows)."""
+        results: tuple[Any, ...]
+        if self.on_device:
+            started = self.start_replay(x, plan, gradient=gradient, fp8_output=fp8_output, alone=True)
+            results = self.finish_dispatch(started)
+        else:
+            call = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output)
+            results = self._dispatch(call, _dtype_of_rows(x, fp8_output), with_weights=False)
+        return results[1], results[2]
 
     @nvtx.annotated("combine")
     def combine(
@@ -228,7 +242,7 @@ class NativeGroup:
         args = self._fresh_args(
             x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output, alone=alone
         )
-        dtype = torch.float8_e4m3fn if fp8_output else x.dtype
+        dtype = _dtype_of_rows(x, fp8_output)
         results = None
         if self.on_device and capacity is not None:
             results = self._static_results(capacity, dtype)
@@ -240,7 +254,7 @@ class NativeGroup:
     ) -> StartedCall:
         """The first half of :meth:`replay`, or of :meth:`replay_fp8`; ``finish_dispatch`` is the second."""
         args = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output, alone=alone)
-        return self._start_dispatch(args, torch.float8_e4m3fn if fp8_output else x.dtype, x)
+        return self._start_dispatch(args, _dtype_of_rows(x, fp8_output), x)
 
     @nvtx.annotated("start combine")
     def start_combine(
@@ -277,9 +291,29 @@ class NativeGroup:
         ticket, started.ticket = started.ticket, None
         try:
             with self._call():
-                return self._native.finish(ticket)
+                return self._finish(ticket)
         finally:  # done, or given up by all threads
             self._kept.pop(ticket, None)
+
+    def _finish(self, ticket: int) -> _C.DispatchBuffers:
+        """Wait for the call. On a GPU the stream that is current now goes on behind it, and has its memory."""
+        buffers = self._native.finish(ticket, device.current_stream(self.device))
+        self._record_streams(self._kept.get(ticket, ()))
+        return buffers
+
+    def _record_streams(self, memory: Iterable[Tensor | None]) -> None:
+        """Torch gives memory back to the stream that it is from: not before the current one is done with it."""
+        if self.device.type == "cuda":
+            current = torch.cuda.current_stream(self.device)
+            for tensor in memory:
+                if tensor is not None:
+                    tensor.record_stream(current)
+
+    @nvtx.annotated("synchronize")
+    def synchronize(self) -> None:
+        """Until what finished calls have queued on a GPU is done. Raises what went wrong meanwhile."""
+        with self._call():
+            self._native.synchronize()
 
     def has_ended(self, started: StartedCall) -> bool:
         """Whether :meth:`finish` would give, or raise, at once."""
@@ -309,7 +343,7 @@ class NativeGroup:
         with self._call():
             try:
                 self._place_until(ticket)
-                self._native.finish(ticket)
+                self._finish(ticket)
                 return self._placed[ticket]
             finally:
                 self._placed.pop(ticket, None)
@@ -327,7 +361,7 @@ class NativeGroup:
         sizes = self._native.dispatch_sizes(ticket)
         plan = sizes.plan
         try:
-            with self._allocating(unplaced) as keep:
+            with self._allocating(unplaced):
                 rows, scales, weights = unplaced.results or self._results(
                     plan.rows, unplaced.dtype, with_weights=not unplaced.is_replay
                 )
@@ -335,7 +369,6 @@ class NativeGroup:
                 if not unplaced.is_replay:
                     pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
                     plan.memory = (*unplaced.plan_memory, pulls)
-                keep(rows, scales, weights, pulls)
         except BaseException as error:  # no memory: the others wait for this rank's second half
             self.usable = False
             self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
@@ -344,26 +377,12 @@ class NativeGroup:
         self._native.dispatch_place(ticket, _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls))
         return _Rows(plan, rows, scales, weights)
 
-    @contextlib.contextmanager
-    def _allocating(self, unplaced: _Unplaced) -> Iterator[Callable[..., None]]:
-        """For memory that kernels on a stream of their own write: torch must not take it from what the caller's stream
-        still uses. What is given to ``keep`` goes back to that stream when the caller's is done with it too."""
+    def _allocating(self, unplaced: _Unplaced) -> contextlib.AbstractContextManager[Any]:
+        """For memory that kernels on a stream of their own write: not what the caller's stream may still use."""
         if self.device.type != "cuda" or unplaced.alone:
-            yield lambda *_: None
-            return
-        current = torch.cuda.current_stream(self.device)
-
-        def keep(*tensors: Tensor | None) -> None:
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(current)
-
-        with torch.cuda.stream(self._own_stream()):
-            yield keep
-
-    def _own_stream(self) -> Any:
+            return contextlib.nullcontext()
         stream: Any = torch.cuda.ExternalStream
-        return stream(self._native.own_stream(), device=self.device)
+        return torch.cuda.stream(stream(self._native.own_stream(), device=self.device))
 
     def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
         rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None
@@ -396,6 +415,7 @@ class NativeGroup:
     def _start(self, dtype: torch.dtype, memory: tuple[Tensor | None, ...], start: Callable[[], int]) -> StartedCall:
         started = StartedCall(dtype, self._dropped)
         with self._call():
+            self._record_streams(memory)
             started.ticket = ticket = start()
             self._kept[ticket] = memory
         return started
@@ -436,14 +456,20 @@ class NativeGroup:
         with self._lock:
             if self._closed is None:
                 collective = self.usable
+                error: BaseException | None = None
                 if collective and self._unplaced:
-                    self._place_until(max(self._unplaced))  # the others count on them
+                    try:
+                        self._place_until(max(self._unplaced))  # the others count on them
+                    except BaseException as raised:
+                        error, collective = raised, False
                 native = self._take_native(ClosedError("the native group was closed"))
                 if collective:
                     native.close(collective=True, timeout_s=self.config.timeout_s)
                 else:
                     rendezvous.discard(native)
                 self._kept.clear()
+                if error is not None:
+                    raise error
 
     def leave(self, error: BaseException) -> None:
         """Close here because of an error of the caller's: who needs this rank from now on gets an error that tells it.
@@ -610,6 +636,10 @@ class NativeGroup:
                 raise
 
 
+def _dtype_of_rows(x: Tensor, fp8_output: bool) -> torch.dtype:
+    return torch.float8_e4m3fn if fp8_output else x.dtype
+
+
 # Null means "none of it" to the native calls, so a tensor without elements gets an address that nobody reads.
 _NOTHING = torch.empty(1)
 
@@ -643,7 +673,7 @@ def _name_of(config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> s
     return f"moe_efa.{next(_serials)}.{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
-_Key = tuple[int, tuple[int, ...], ExpertParallelConfig]
+_Key = tuple[int, tuple[int, ...], ExpertParallelConfig, torch.device]
 _registry: dict[_Key, NativeGroup] = {}
 _live: set[NativeGroup] = set()
 _registry_lock = threading.Lock()  # held for a moment only
@@ -657,7 +687,11 @@ def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | Conf
     Args:
         config: the configuration, or why this rank has none; then every rank raises.
     """
-    key = None if isinstance(config, ConfigError) else (os.getpid(), rendezvous.ranks_of(group), config)
+    key = (
+        None
+        if isinstance(config, ConfigError)
+        else (os.getpid(), rendezvous.ranks_of(group), config, device.of_tensors(config.device))
+    )
     with _registry_lock:
         building = _building.setdefault(rendezvous.ranks_of(group), threading.Lock())
     with building:

@@ -511,8 +511,10 @@ def _dispatched(
         rows=rows,
         scales=torch.empty(0, dtype=torch.float32, device=rows.device) if scales is None else scales,
         weights=torch.empty(0, dtype=torch.float32, device=rows.device) if weights is None else weights,
-        tokens_per_expert=torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device=counts_on),
-        offsets=torch.tensor(native_plan.offsets, dtype=torch.int32, device=rows.device),
+        tokens_per_expert=_to_device(
+            torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device="cpu"), torch.device(counts_on)
+        ),
+        offsets=_to_device(torch.tensor(native_plan.offsets, dtype=torch.int32, device="cpu"), rows.device),
         overflow=overflow,
         plan=plan_tensor.wrap(native_plan, group),
     )
@@ -546,14 +548,14 @@ def _replay_kernel(
     x: Tensor, plan: Tensor, group: str, rows: int, gradient: bool = False, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     native, native_plan = _find_replay(x, plan, group)
-    return native.replay(x.contiguous(), native_plan, gradient=gradient), torch.empty(0)
+    return native.replay(x.contiguous(), native_plan, gradient=gradient), torch.empty(0, device="cpu")
 
 
 def _replay_fp8_kernel(
     x: Tensor, plan: Tensor, group: str, rows: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     native, native_plan = _find_replay(x, plan, group)
-    return *native.replay_fp8(x.contiguous(), native_plan), torch.empty(0)
+    return *native.replay_fp8(x.contiguous(), native_plan), torch.empty(0, device="cpu")
 
 
 def _find_replay(x: Tensor, plan: Tensor, group: str) -> tuple[NativeGroup, _C.Plan]:
@@ -577,7 +579,7 @@ def _combine_kernel(
     _check_rows(native.config, y, weights, native_plan.rows)
     weights = None if weights is None else weights.contiguous()
     out, _ = native.combine(y.contiguous(), native_plan, weights=weights, gradient=gradient)
-    return out, torch.empty(0)
+    return out, torch.empty(0, device="cpu")
 
 
 def _combine_grads_kernel(
@@ -589,7 +591,7 @@ def _combine_grads_kernel(
         grad_rows.contiguous(), native_plan, weight_grads=grad_weights.contiguous(), gradient=True
     )
     assert topk_weight_grads is not None
-    return out, topk_weight_grads, torch.empty(0)
+    return out, topk_weight_grads, torch.empty(0, device="cpu")
 
 
 def _weight_grads_kernel(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
@@ -606,12 +608,19 @@ def _weight_grads_kernel(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str)
     return grads
 
 
+def _to_device(small: Tensor, device: torch.device) -> Tensor:
+    """There, in the order of the current stream and without waiting for it."""
+    if device.type == "cpu":
+        return small
+    return small.pin_memory().to(device, non_blocking=True)
+
+
 def _is_padding(native_plan: _C.Plan, rows: Tensor) -> Tensor:
     """[rows] bool of a plan, on the device of ``rows``, without waiting for it."""
-    starts = torch.tensor(native_plan.offsets, dtype=torch.int64)
-    ends = starts[:-1] + torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64)
+    starts = torch.tensor(native_plan.offsets, dtype=torch.int64, device="cpu")
+    ends = starts[:-1] + torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device="cpu")
     index = torch.arange(len(rows), device=rows.device)
-    starts, ends = starts.to(rows.device, non_blocking=True), ends.to(rows.device, non_blocking=True)
+    starts, ends = _to_device(starts, rows.device), _to_device(ends, rows.device)
     expert = torch.searchsorted(starts[1:], index, right=True)
     return index >= ends[expert.clamp(max=len(ends) - 1)]
 

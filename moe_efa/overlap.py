@@ -225,7 +225,7 @@ class _FinishCombines(torch.autograd.Function):
         ctx.all_halves, ctx.sizes = all_halves, [len(halves.out) for halves in all_halves]
         ctx.save_for_backward(*(halves.plan for halves in all_halves))
         for halves in all_halves:  # the nodes live as long as the graph, and are to keep no more than they save
-            halves.out = halves.plan = torch.empty(0)
+            halves.out = halves.plan = torch.empty(0, device="cpu")
         return out[0]
 
     @staticmethod
@@ -240,11 +240,16 @@ class _FinishCombines(torch.autograd.Function):
 
 
 def _ticket() -> Tensor:
-    return torch.zeros(1)
+    return torch.zeros(1, device="cpu")
 
 
 def _use_the_time(late: Queue | None, native: NativeGroup, call: StartedCall) -> None:
-    if late is not None:
+    if late is None:
+        return
+    if native.device.type == "cuda":  # queued in no time, a part holds up what comes: one for each wait
+        turns = iter((True,))
+        late.run_while(lambda: next(turns, False))
+    else:
         late.run_while(lambda: not native.has_ended(call))
 
 

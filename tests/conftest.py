@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the root, `import triton_kernels` would find our folder, and `import moe_efa` the sources of a wheel under test.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 
+# Tests that are about a GPU say so; the others have their tensors on the CPU.
+os.environ.setdefault("MOE_EFA_DEVICE", "cpu")
+
 # A shell that starts this in the background has SIGINT ignored, and every process of the tests would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

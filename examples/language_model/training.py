@@ -82,6 +82,7 @@ def train(
         top_k=config.model.top_k,
         max_tokens_per_rank=local_batch * length,
         node_size=None if group is None else config.node_size,
+        device="cpu",
         **wire_dtypes(config.wire_dtype),
     ) as ep:
         model = ByteModel(config.model, ep)

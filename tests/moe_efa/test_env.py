@@ -15,6 +15,7 @@ GETTERS = {
     "MOE_EFA_HOST_ID": env.host_id,
     "MOE_EFA_NUM_THREADS": lambda: env.num_threads(1),
     "MOE_EFA_OUTPUT_CACHE_BYTES": env.output_cache_bytes,
+    "MOE_EFA_DEVICE": env.device,
     "MOE_EFA_DEVICE_LIBRARY": env.device_library,
     "MOE_EFA_REORDER": env.reorder,
 }
@@ -24,6 +25,7 @@ VALUES = {
     "MOE_EFA_HOST_ID": ("a", "a"),
     "MOE_EFA_NUM_THREADS": ("3", 3),
     "MOE_EFA_OUTPUT_CACHE_BYTES": ("1048576", 1 << 20),
+    "MOE_EFA_DEVICE": ("cuda", "cuda"),
     "MOE_EFA_DEVICE_LIBRARY": ("/tmp/libdevice.so", "/tmp/libdevice.so"),
     "MOE_EFA_REORDER": ("7,drop=1@100", env.Reorder(seed=7, drop_node=1, drop_after=100)),
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -158,6 +159,10 @@ kernels::Device::Stream EmulatedDevice::own_stream(std::uint32_t index) { return
 
 EmulatedStream& EmulatedDevice::stream_of(Stream stream) {
   return stream == nullptr ? streams_[0] : *static_cast<EmulatedStream*>(stream);
+}
+
+void EmulatedDevice::delay(double seconds) {
+  streams_[0].queue([seconds] { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); });
 }
 
 std::uint64_t EmulatedDevice::next_seed() {

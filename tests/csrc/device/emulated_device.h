@@ -66,6 +66,7 @@ class EmulatedDevice final : public kernels::Device {
   void flush_writes() override { ++flushes_; }
 
   // For tests.
+  void delay(double seconds);  // of what the caller queues from here on
   kernels::DeviceFacts& change_facts() { return facts_; }
   int flushes() const { return flushes_; }
   int imports() const { return imports_; }

@@ -9,12 +9,12 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "group_testing.h"
 #include "runtime/backoff.h"
 #include "runtime/group.h"
 
@@ -35,8 +35,7 @@ using Body = std::function<void(Group&, std::uint32_t rank)>;
 std::string run_ranks(std::uint32_t num_ranks, std::uint32_t node_size, bool reorder, const Body& body) {
   static int serial = 0;
   std::string job_key = "group-threads-" + std::to_string(getpid()) + "-" + std::to_string(serial++);
-  std::vector<std::unique_ptr<Group>> groups;
-  std::vector<std::string> addresses;
+  std::vector<testing::RankOptions> ranks;
   for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
     GroupConfig config;
     config.topology = {num_ranks, node_size, rank};
@@ -52,27 +51,9 @@ std::string run_ranks(std::uint32_t num_ranks, std::uint32_t node_size, bool reo
     config.slots = 2;  // most chunks wait for a credit
     config.reorder = reorder;
     config.reorder_seed = 7;
-    groups.push_back(std::make_unique<Group>(config));
-    addresses.push_back(groups.back()->address());
+    ranks.push_back({config, nullptr});
   }
-  for (auto& group : groups) group->connect(addresses);
-  std::mutex mutex;
-  std::string failure;
-  std::vector<std::thread> threads;
-  for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      try {
-        groups[rank]->meet({});
-        groups[rank]->start();
-        body(*groups[rank], rank);
-      } catch (const std::exception& error) {
-        std::lock_guard lock(mutex);
-        if (failure.empty()) failure = "rank " + std::to_string(rank) + ": " + error.what();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return failure;
+  return testing::run_ranks(ranks, body);
 }
 
 void require(bool condition, const char* what) {

@@ -10,12 +10,11 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../device/emulated_device.h"
+#include "group_testing.h"
 #include "runtime/address.h"
 #include "runtime/group.h"
 #include "runtime/slot_memory.h"
@@ -137,34 +136,19 @@ Run run_group(std::uint32_t num_ranks, std::uint32_t node_size, const std::strin
               const std::string& buffers, bool reorder) {
   Run run;
   run.results.resize(num_ranks);
-  std::vector<std::unique_ptr<Group>> groups;
-  std::vector<std::string> addresses;
+  std::vector<testing::RankOptions> ranks;
   std::string key = unique_key();
   for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
     GroupConfig config = config_of(rank, num_ranks, node_size, transport, buffers.empty() ? "host" : buffers, key);
     config.reorder = reorder;
     config.reorder_seed = 11;
     run.devices.push_back(buffers.empty() ? nullptr : std::make_shared<EmulatedDevice>(true));
-    groups.push_back(std::make_unique<Group>(config, run.devices.back()));
-    addresses.push_back(groups.back()->address());
+    ranks.push_back({config, run.devices.back()});
   }
-  for (auto& group : groups) group->connect(addresses);
-  std::mutex mutex;
-  std::vector<std::thread> threads;
-  for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      try {
-        groups[rank]->meet({});
-        groups[rank]->start();
-        run.results[rank] = run_rounds(*groups[rank], run.devices[rank].get(), rank, num_ranks);
-        groups[rank]->close(true, 30);
-      } catch (const std::exception& error) {
-        std::lock_guard lock(mutex);
-        if (run.failure.empty()) run.failure = "rank " + std::to_string(rank) + ": " + error.what();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  run.failure = testing::run_ranks(ranks, [&](Group& group, std::uint32_t rank) {
+    run.results[rank] = run_rounds(group, run.devices[rank].get(), rank, num_ranks);
+    group.close(true, 30);
+  });
   return run;
 }
 
