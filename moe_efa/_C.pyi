@@ -156,8 +156,23 @@ class Group:
     def combine_start(self, args: CombineArgs) -> int: ...
     def finish(self, ticket: int, stream: int = 0) -> DispatchBuffers:
         """Wait for a started call; on a device ``stream`` goes on behind it. A combine gives no buffers."""
-    def synchronize(self) -> None:
-        """On a device: until what finished calls have queued is done."""
+    def synchronize(self, stream: int = 0) -> None:
+        """On a device: until what finished calls have queued, and graphs replay on the stream, is done."""
+    def capturing(self, stream: int) -> bool: ...
+    def device_plan_bytes(self, capacity: int) -> int: ...
+    def record_dispatch(
+        self,
+        args: DispatchArgs,
+        *,
+        out_ptr: int,
+        weights_ptr: int = 0,
+        scales_ptr: int = 0,
+        plan_memory_ptr: int = 0,
+        counts_ptr: int = 0,
+        offsets_ptr: int = 0,
+    ) -> Plan:
+        """Into the graph that the stream of the arguments is being captured in; without tables it is a replay."""
+    def record_combine(self, args: CombineArgs) -> None: ...
     def ended(self, ticket: int) -> bool:
         """Whether finish() would not wait."""
     def forget(self, ticket: int) -> bool:

@@ -86,6 +86,13 @@ class _Unplaced(NamedTuple):
     results: _Results | None  # in static mode, memory that is there already
 
 
+class PlanTables(NamedTuple):
+    """What replays of a graph make of a plan, on the device. The plan's own are those of the last replay."""
+
+    counts: Tensor  # [E_local] int64
+    offsets: Tensor  # [E_local + 1] int32
+
+
 class NativeGroup:
     """A native group with its lock. Calls may come from any thread; they wait for each other."""
 
@@ -108,6 +115,8 @@ class NativeGroup:
         self._dropped: collections.deque[int] = collections.deque()  # tickets of those that nobody will finish
         self._unplaced: dict[int, _Unplaced] = {}  # by ticket: dispatches on a device that were started
         self._placed: dict[int, _Rows] = {}  # and those that wait for nothing of this rank's
+        self._has_recorded = False  # calls in graphs, which may be replayed whenever their owners like
+        self._kept_for_graphs: list[tuple[Tensor | None, ...]] = []  # see _record
         self._ending = False  # no new calls: the process waits for the lock
 
     @nvtx.annotated("dispatch")
@@ -146,6 +155,10 @@ class NativeGroup:
         fp8_output: bool = False,
     ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
         """(plan, rows, scales of FP8 rows, weights)."""
+        if self.is_capturing():
+            return self._record_dispatch(
+                x, topk_idx, topk_weights, expert_alignment, capacity=capacity, fp8_output=fp8_output
+            )
         if self.on_device:
             started = self.start_dispatch(
                 x, topk_idx, topk_weights, expert_alignment, capacity=capacity, fp8_output=fp8_output, alone=True
@@ -173,7 +186,9 @@ class NativeGroup:
     ) -> tuple[Tensor, Tensor | None]:
         """(rows, scales of FP8 rows)."""
         results: tuple[Any, ...]
-        if self.on_device:
+        if self.is_capturing():
+            results = self._record_replay(x, plan, gradient=gradient, fp8_output=fp8_output)
+        elif self.on_device:
             started = self.start_replay(x, plan, gradient=gradient, fp8_output=fp8_output, alone=True)
             results = self.finish_dispatch(started)
         else:
@@ -209,12 +224,79 @@ class NativeGroup:
             "topk_weight_grads": topk_weight_grads,
             "gradient": gradient,
         }
-        if self.on_device:
+        if self.is_capturing():
+            args = self._combine_args(y, plan, **options)
+            self._record(lambda: self._native.record_combine(args), y, weights, weight_grads, out, topk_weight_grads)
+        elif self.on_device:
             self.finish(self.start_combine(y, plan, **options, alone=True))
         else:
             with self._call():
                 self._native.combine(self._combine_args(y, plan, **options))
         return out, topk_weight_grads
+
+    def is_capturing(self) -> bool:
+        """Whether calls on the current stream go into a graph, to happen at every replay of it and not now."""
+        if not self.on_device:
+            return False
+        with self._call():
+            return self._native.capturing(device.current_stream(self.device))
+
+    def _record_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        expert_alignment: int,
+        *,
+        capacity: int | None,
+        fp8_output: bool,
+    ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
+        """:meth:`_fresh` into a graph. Counts and offsets of the plan are tensors there, which replays write."""
+        if capacity is None:
+            raise ValueError("a dispatch in a CUDA graph needs a capacity, or a handle: its sizes are those of all replays")
+        call = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output)
+        rows, scales, weights = self._static_results(capacity, _dtype_of_rows(x, fp8_output))
+        experts = self.config.num_experts // self.num_ranks
+        counts = torch.empty(experts, dtype=torch.int64, device=self.device)
+        offsets = torch.empty(experts + 1, dtype=torch.int32, device=self.device)
+        with self._call():
+            plan_bytes = self._native.device_plan_bytes(capacity)
+        plan_memory = self.empty(plan_bytes, dtype=torch.uint8)
+        assert weights is not None
+        plan = self._record(
+            lambda: self._native.record_dispatch(
+                call.args,
+                out_ptr=_pointer(rows),
+                weights_ptr=_pointer(weights),
+                scales_ptr=_pointer(scales),
+                plan_memory_ptr=_pointer(plan_memory),
+                counts_ptr=_pointer(counts),
+                offsets_ptr=_pointer(offsets),
+            ),
+            *(x, topk_idx, topk_weights, rows, scales, weights, counts, offsets, plan_memory, *call.memory),
+        )
+        plan.memory, plan.tables = (*call.memory, plan_memory), PlanTables(counts, offsets)
+        return plan, rows, scales, weights
+
+    def _record_replay(
+        self, x: Tensor, plan: _C.Plan, *, gradient: bool, fp8_output: bool
+    ) -> tuple[_C.Plan, Tensor, Tensor | None]:
+        call = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output)
+        rows, scales, _ = self._results(plan.rows, _dtype_of_rows(x, fp8_output), with_weights=False)
+        self._record(
+            lambda: self._native.record_dispatch(call.args, out_ptr=_pointer(rows), scales_ptr=_pointer(scales)),
+            *(x, rows, scales),
+        )
+        return plan, rows, scales
+
+    def _record(self, record: Callable[[], Any], *memory: Tensor | None) -> Any:
+        """Put a call into the graph. Torch's graphs keep their memory; where a device is played nobody else would."""
+        with self._call():
+            recorded = record()
+            self._has_recorded = True
+            if self.device.type == "cpu":
+                self._kept_for_graphs.append(memory)
+            return recorded
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory for results, where the tensors of this group are."""
@@ -313,7 +395,7 @@ class NativeGroup:
     def synchronize(self) -> None:
         """Until what finished calls have queued on a GPU is done. Raises what went wrong meanwhile."""
         with self._call():
-            self._native.synchronize()
+            self._native.synchronize(device.current_stream(self.device))
 
     def has_ended(self, started: StartedCall) -> bool:
         """Whether :meth:`finish` would give, or raise, at once."""
@@ -414,6 +496,8 @@ class NativeGroup:
 
     def _start(self, dtype: torch.dtype, memory: tuple[Tensor | None, ...], start: Callable[[], int]) -> StartedCall:
         started = StartedCall(dtype, self._dropped)
+        if self.is_capturing():
+            raise RuntimeError("calls in halves and rounds in waves cannot be captured: call dispatch and combine")
         with self._call():
             self._record_streams(memory)
             started.ticket = ticket = start()
@@ -461,6 +545,11 @@ class NativeGroup:
                     try:
                         self._place_until(max(self._unplaced))  # the others count on them
                     except BaseException as raised:
+                        error, collective = raised, False
+                if collective and self._has_recorded:
+                    try:
+                        self._native.synchronize(device.current_stream(self.device))  # what graphs replay as well
+                    except TransportError as raised:
                         error, collective = raised, False
                 native = self._take_native(ClosedError("the native group was closed"))
                 if collective:

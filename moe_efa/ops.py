@@ -30,7 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from moe_efa import _C, native_group, plan_tensor
 from moe_efa.config import ExpertParallelConfig
-from moe_efa.native_group import NativeGroup, StartedCall
+from moe_efa.native_group import NativeGroup, PlanTables, StartedCall
 from moe_efa.quantization import BLOCK_SIZE
 
 FP8_DTYPE = torch.float8_e4m3fn
@@ -506,15 +506,18 @@ def _dispatched(
     native_plan: _C.Plan, rows: Tensor, scales: Tensor | None, weights: Tensor | None, *, group: str
 ) -> Dispatched:
     overflow = plan_tensor.overflow_of(native_plan, rows.device)
+    tables: PlanTables | None = getattr(native_plan, "tables", None)
     counts_on = torch.device("cpu") if overflow.dim() else rows.device  # in static mode counts are for the next kernels
     return Dispatched(
         rows=rows,
         scales=torch.empty(0, dtype=torch.float32, device=rows.device) if scales is None else scales,
         weights=torch.empty(0, dtype=torch.float32, device=rows.device) if weights is None else weights,
-        tokens_per_expert=_to_device(
-            torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device="cpu"), torch.device(counts_on)
-        ),
-        offsets=_to_device(torch.tensor(native_plan.offsets, dtype=torch.int32, device="cpu"), rows.device),
+        tokens_per_expert=tables.counts
+        if tables
+        else _to_device(torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device="cpu"), counts_on),
+        offsets=tables.offsets
+        if tables
+        else _to_device(torch.tensor(native_plan.offsets, dtype=torch.int32, device="cpu"), rows.device),
         overflow=overflow,
         plan=plan_tensor.wrap(native_plan, group),
     )
@@ -598,7 +601,7 @@ def _weight_grads_kernel(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str)
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
     grads = torch.cat([(a.float() * b.float()).sum(-1) for a, b in zip(_blocks(grad_rows), _blocks(y), strict=True)])
     native_plan = plan_tensor.unwrap(plan, group)
-    if not grads.is_cpu:
+    if not grads.is_cpu or hasattr(native_plan, "tables"):
         return torch.where(_is_padding(native_plan, grads), 0.0, grads)
     offsets = native_plan.offsets
     for start, stop, count in zip(offsets[:-1], offsets[1:], native_plan.tokens_per_expert, strict=True):
@@ -617,10 +620,14 @@ def _to_device(small: Tensor, device: torch.device) -> Tensor:
 
 def _is_padding(native_plan: _C.Plan, rows: Tensor) -> Tensor:
     """[rows] bool of a plan, on the device of ``rows``, without waiting for it."""
-    starts = torch.tensor(native_plan.offsets, dtype=torch.int64, device="cpu")
-    ends = starts[:-1] + torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device="cpu")
+    tables: PlanTables | None = getattr(native_plan, "tables", None)
+    if tables:
+        starts, ends = tables.offsets, tables.offsets[:-1] + tables.counts
+    else:
+        starts = torch.tensor(native_plan.offsets, dtype=torch.int64, device="cpu")
+        ends = starts[:-1] + torch.tensor(native_plan.tokens_per_expert, dtype=torch.int64, device="cpu")
+        starts, ends = _to_device(starts, rows.device), _to_device(ends, rows.device)
     index = torch.arange(len(rows), device=rows.device)
-    starts, ends = _to_device(starts, rows.device), _to_device(ends, rows.device)
     expert = torch.searchsorted(starts[1:], index, right=True)
     return index >= ends[expert.clamp(max=len(ends) - 1)]
 

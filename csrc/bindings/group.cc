@@ -151,7 +151,7 @@ DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, st
   if (!plan && expert_alignment == 0) {
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "expert_alignment must be positive"});
   }
-  if (plan && !plan->complete) {
+  if (plan && !plan->complete && !plan->device_view) {  // a replay of a graph may be making it again
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "the plan's dispatch has not finished"});
   }
   return {pointer<const void>(x_ptr),
@@ -336,7 +336,26 @@ void bind_group(py::module_& module) {
             return group.finish(ticket, pointer<void>(stream));
           },
           py::arg("ticket"), py::arg("stream") = 0, release())
-      .def("synchronize", &Group::synchronize, release())
+      .def(
+          "synchronize", [](Group& group, std::uintptr_t stream) { group.synchronize(pointer<void>(stream)); },
+          py::arg("stream") = 0, release())
+      .def(
+          "capturing", [](const Group& group, std::uintptr_t stream) { return group.capturing(pointer<void>(stream)); },
+          py::arg("stream"))
+      .def("device_plan_bytes", &Group::device_plan_bytes, py::arg("capacity"))
+      .def(
+          "record_dispatch",
+          [](Group& group, const DispatchRequest& request, std::uintptr_t out_ptr, std::uintptr_t weights_ptr,
+             std::uintptr_t scales_ptr, std::uintptr_t plan_memory_ptr, std::uintptr_t counts_ptr,
+             std::uintptr_t offsets_ptr) {
+            return group.record_dispatch(
+                request, {{pointer<void>(out_ptr), pointer<float>(weights_ptr), pointer<float>(scales_ptr)},
+                          pointer<void>(plan_memory_ptr),
+                          {pointer<std::int64_t>(counts_ptr), pointer<std::int32_t>(offsets_ptr)}});
+          },
+          py::arg("args"), py::kw_only(), py::arg("out_ptr"), py::arg("weights_ptr") = 0, py::arg("scales_ptr") = 0,
+          py::arg("plan_memory_ptr") = 0, py::arg("counts_ptr") = 0, py::arg("offsets_ptr") = 0, release())
+      .def("record_combine", &Group::record_combine, py::arg("args"), release())
       .def("ended", &Group::ended, py::arg("ticket"), release())
       .def("forget", &Group::forget, py::arg("ticket"), release())
       .def(

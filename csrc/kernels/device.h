@@ -11,9 +11,12 @@ namespace moe_efa::kernels {
 namespace cuda {
 struct CombineArgs;
 struct CombineBlocks;
+struct GateArgs;
 struct PackArgs;
 struct PlanArgs;
 struct PullArgs;
+struct RecordedPull;
+struct Watch;
 }  // namespace cuda
 
 struct DeviceFacts {
@@ -62,6 +65,16 @@ class Device {
   virtual void launch(const cuda::PullArgs& args, std::uint32_t num_blocks, const cuda::PackArgs* rest,
                       std::uint32_t pack_blocks, Stream stream) = 0;
   virtual void launch(const cuda::CombineArgs& args, const cuda::CombineBlocks& blocks, Stream stream) = 0;
+  // Of a graph: `args` is device memory, read when the kernel runs, and nothing runs behind a fault that `watch` knows.
+  virtual void launch(const cuda::GateArgs& args, Stream stream) = 0;
+  virtual void launch(const cuda::PackArgs* args, const cuda::Watch& watch, std::uint32_t num_blocks,
+                      Stream stream) = 0;
+  virtual void launch(const cuda::RecordedPull* args, const cuda::Watch& watch, std::uint32_t num_blocks,
+                      std::uint32_t pack_blocks, Stream stream) = 0;
+  virtual void launch(const cuda::CombineArgs* args, const cuda::Watch& watch, const cuda::CombineBlocks& blocks,
+                      Stream stream) = 0;
+  // Whether what is queued on the stream goes into a graph, to run at every replay of it.
+  virtual bool capturing(Stream stream) = 0;
   // Marks what is queued so far; release() it once.
   virtual Mark mark(Stream stream) = 0;
   virtual bool reached(Mark mark) = 0;
@@ -76,7 +89,7 @@ class Device {
 
 // The one symbol of a device library: device `index` for this process, or null and a reason in `error`. `abi` is the
 // caller's kDeviceAbi; a library of another one refuses.
-inline constexpr std::uint32_t kDeviceAbi = 3;
+inline constexpr std::uint32_t kDeviceAbi = 4;
 inline constexpr char kOpenDeviceSymbol[] = "moe_efa_open_device";
 using OpenDevice = Device* (*)(std::uint32_t abi, int index, char* error, std::size_t error_bytes);
 

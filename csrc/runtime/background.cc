@@ -1,5 +1,7 @@
 #include "runtime/background.h"
 
+#include <sched.h>
+
 #include <csignal>
 
 #include "runtime/backoff.h"
@@ -47,6 +49,8 @@ void Background::loop() {
     backoff.before_look();
     if (step_()) {
       backoff.reset();
+    } else if (awake_.load(std::memory_order_relaxed)) {
+      sched_yield();
     } else {
       backoff.pause();
     }

@@ -2,6 +2,7 @@
 // for work, and between two looks sleeps until a mate or the driver rings. What there is to do, it does not know.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -21,6 +22,8 @@ class Background {
   Background& operator=(const Background&) = delete;
 
   void want(bool wanted);
+  // Between two looks it gives way to others, but does not sleep: for who does not ring and should not wait.
+  void stay_awake(bool awake) { awake_.store(awake, std::memory_order_relaxed); }
   void stop();  // idempotent; joins
 
  private:
@@ -32,6 +35,7 @@ class Background {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool wanted_ = false, stop_ = false;
+  std::atomic<bool> awake_{false};
   std::thread thread_;
 };
 

@@ -68,8 +68,9 @@ class DeviceDispatch final : public DeviceCallOf<kernels::device::DispatchCall> 
 class DeviceCombine final : public DeviceCallOf<kernels::device::CombineCall> {
  public:
   DeviceCombine(const kernels::CallContext& context, kernels::device::State& state, const kernels::CombineArgs& args,
-                kernels::Device::Stream stream, bool alone)
-      : DeviceCallOf(proto::Phase::kCombine, args.wire_dtype, args.plan, context, state, args, stream, alone) {}
+                kernels::Device::Stream stream, bool alone, kernels::device::Recording* recording = nullptr)
+      : DeviceCallOf(proto::Phase::kCombine, args.wire_dtype, args.plan, context, state, args, stream, alone,
+                     recording) {}
 };
 
 }  // namespace moe_efa::runtime

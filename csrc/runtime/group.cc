@@ -48,14 +48,6 @@ std::uint64_t cache_share(const GroupConfig& config) {
   return static_cast<std::uint64_t>(bytes > 0 ? bytes : kUnknown) / (2 * std::max(1u, ranks));
 }
 
-std::string describe_wait(const kernels::Waiting& waiting) {
-  std::ostringstream text;
-  if (waiting.rank >= 0) text << " on rank " << waiting.rank;
-  if (*waiting.what != '\0') text << ' ' << waiting.what;
-  if (waiting.chunk >= 0) text << " (chunk " << waiting.chunk << ")";
-  return text.str();
-}
-
 GroupConfig with_buffers(GroupConfig config, const kernels::Device* device) {
   config.buffers = choose_buffers(config, device);
   return config;
@@ -439,6 +431,11 @@ std::uint64_t Group::floor_bytes(Phase phase, const kernels::Plan& plan, proto::
 }
 
 void Group::count(Phase phase, const kernels::Plan& plan, proto::DType wire) {
+  std::lock_guard lock(calls_mutex_);
+  count_locked(phase, plan, wire);
+}
+
+void Group::count_locked(Phase phase, const kernels::Plan& plan, proto::DType wire) {
   PhaseStats& stats = phase_stats_[static_cast<int>(phase)];
   ++stats.calls;
   stats.wire_floor_bytes += floor_bytes(phase, plan, wire);
@@ -454,6 +451,7 @@ Group::Prepared Group::prepare_dispatch(const DispatchRequest& request) {
          std::string("FP8 rows cannot be handed through: the wire's dtype is ") + proto::dtype_name(wire)});
   }
   std::shared_ptr<kernels::Plan> plan = request.plan;
+  MOE_EFA_CHECK(!plan || plan->complete, "a replay needs the plan of a finished dispatch");
   if (!plan && device_) {
     plan = new_device_plan(request);
   } else if (!plan) {
@@ -533,6 +531,7 @@ void Group::combine(const CombineRequest& request) {
 
 std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool) {
   double begin = monotonic_s();
+  catch_up(request.stream);
   Prepared prepared = prepare_dispatch(request);
   if (device_) return start_device_dispatch(request, prepared);
   std::uint64_t ticket;
@@ -548,6 +547,7 @@ std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_
 
 std::uint64_t Group::combine_start(const CombineRequest& request) {
   double begin = monotonic_s();
+  catch_up(request.stream);
   kernels::CombineArgs args = prepare_combine(request);
   if (device_) return start_device_combine(request, args);
   std::uint64_t ticket;
@@ -569,13 +569,20 @@ std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
 
 // Waits for something about a call that is stepped with the others, in its turn.
 void Group::run_in_turn(const StartedCall& call, const std::function<bool()>& until) {
-  struct InTurn {
-    const StartedCall& call;
+  run_beside(call.phase(), call.epoch(), {}, until);
+}
+
+// Waits for something while calls are stepped. `waiting`: for what, where none of them is waited for.
+void Group::run_beside(Phase phase, std::uint64_t epoch, const kernels::Waiting& waiting,
+                       const std::function<bool()>& until) {
+  struct Beside {
+    std::uint64_t at;
+    kernels::Waiting reason;
     bool step() { return false; }
-    kernels::Waiting waiting() const { return {}; }
-    std::uint64_t epoch() const { return call.epoch(); }
-  } in_turn{call};
-  run(in_turn, call.phase(), until);
+    kernels::Waiting waiting() const { return reason; }
+    std::uint64_t epoch() const { return at; }
+  } beside{epoch, waiting};
+  run(beside, phase, until);
 }
 
 DispatchBuffers Group::finish(std::uint64_t ticket, void* stream) {
@@ -611,11 +618,14 @@ bool Group::forget(std::uint64_t ticket) {
 }
 
 bool Group::step_started() {
-  bool moved = false;
+  bool moved = answer_gates();
   for (auto& calls : moving_) {
     if (calls.empty()) continue;
-    moved |= calls.front()->step();
-    if (calls.front()->done()) calls.pop_front();
+    StartedCall& call = *calls.front();
+    moved |= call.step();
+    if (!call.done()) continue;
+    if (call.replayed) count_locked(call.phase(), call.plan(), call.wire_dtype());
+    calls.pop_front();
   }
   return moved;
 }
@@ -647,7 +657,7 @@ void Group::stand_in(bool caller_waits) {
 
 void Group::settle_background() {
   bool anything = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
-  bool go_on = anything && !caller_waits_ && !failed_.load() && !liveness_->failed();
+  bool go_on = (anything || !recorded_.empty()) && !caller_waits_ && !failed_.load() && !liveness_->failed();
   if (go_on == in_background_) return;
   in_background_ = go_on;
   if (driver_) go_on ? driver_->enter() : driver_->leave();
@@ -798,7 +808,10 @@ void Group::close_together(double timeout_s) {
 
 GroupStats Group::stats() {
   GroupStats stats;
-  for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p] = phase_stats_[p];
+  {
+    std::lock_guard lock(calls_mutex_);
+    for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p] = phase_stats_[p];
+  }
   if (!driver_) return stats;
   // The driver may still be posting the last call's chunks.
   bool settled = false;

@@ -20,6 +20,8 @@
 #include "kernels/cpu/combine_call.h"
 #include "kernels/cpu/dispatch_call.h"
 #include "kernels/device.h"
+#include "kernels/device/dispatch_call.h"
+#include "kernels/device/recording.h"
 #include "kernels/device/state.h"
 #include "kernels/launch.h"
 #include "proto/region.h"
@@ -73,6 +75,13 @@ struct CombineRequest {
 struct DispatchSizes {
   std::shared_ptr<kernels::Plan> plan;
   std::size_t plan_bytes = 0;  // of device memory that lives as long as the plan
+};
+
+// Where a dispatch in a graph puts what it gives: memory of the device that the caller keeps as long as the graph.
+struct RecordedOutput {
+  kernels::DispatchOutput rows;
+  void* plan_memory = nullptr;             // fresh: device_plan_bytes(capacity)
+  kernels::device::RecordedTables tables;  // fresh
 };
 
 struct PhaseStats {
@@ -138,8 +147,17 @@ class Group {
   // caller's stream. In a dispatch the caller gives memory in between: sizes, which wait for the counts, then place.
   DispatchSizes dispatch_sizes(std::uint64_t ticket);
   void dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory);
-  void synchronize();  // until finished calls are done, which on a device is later
+  // Until finished calls are done, which on a device is later, and what graphs replay on the stream.
+  void synchronize(void* stream = nullptr);
   std::size_t device_send_bytes(std::uint32_t num_tokens) const;
+
+  // Into a graph: kernels are queued on request.stream, which is being captured, and at every replay they are a call of
+  // this group. A dispatch is of a capacity or of a plan. Calls that are no replays wait, from then on, until their
+  // stream has come to them, so that all ranks number calls and replays in the order of their streams (I14).
+  std::shared_ptr<kernels::Plan> record_dispatch(const DispatchRequest& request, const RecordedOutput& output);
+  void record_combine(const CombineRequest& request);
+  bool capturing(void* stream) const { return device_ && device_->capturing(stream); }
+  std::size_t device_plan_bytes(std::int64_t capacity) const;
   // Where the kernels of calls go that are not alone.
   void* own_stream(proto::Phase phase) const { return device_->own_stream(static_cast<std::uint32_t>(phase)); }
 
@@ -173,6 +191,7 @@ class Group {
   Prepared prepare_dispatch(const DispatchRequest& request);
   kernels::CombineArgs prepare_combine(const CombineRequest& request);
   void count(proto::Phase phase, const kernels::Plan& plan, proto::DType wire);
+  void count_locked(proto::Phase phase, const kernels::Plan& plan, proto::DType wire);
   template <typename Call>
   bool step_call(Call& call, proto::Phase phase);
   template <typename Call>
@@ -180,6 +199,8 @@ class Group {
   template <typename Call, typename Until>
   void run(Call& call, proto::Phase phase, const Until& until);
   void run_in_turn(const StartedCall& call, const std::function<bool()>& until);
+  void run_beside(proto::Phase phase, std::uint64_t epoch, const kernels::Waiting& waiting,
+                  const std::function<bool()>& until);
   bool step_background();
   void stand_in(bool caller_waits);
   void drop_started();
@@ -197,7 +218,14 @@ class Group {
   std::uint64_t start_device_dispatch(const DispatchRequest& request, const Prepared& prepared);
   std::uint64_t start_device_combine(const CombineRequest& request, const kernels::CombineArgs& args);
   std::shared_ptr<StartedCall> pending_call(std::uint64_t ticket);
+  void check_plan(const kernels::Plan& plan) const;
   void watch_device_calls();
+  void catch_up(void* stream);
+  void add_recording(std::unique_ptr<kernels::device::Recording> recording,
+                     std::function<std::shared_ptr<StartedCall>(kernels::device::Recording&)> make_call);
+  bool answer_gates();
+  bool replays_run() const;
+  void check_replays();
   std::vector<std::uint32_t> neighbours() const;
   std::uint64_t floor_bytes(proto::Phase phase, const kernels::Plan& plan, proto::DType dtype) const;
   kernels::CallContext context();
@@ -227,6 +255,11 @@ class Group {
   std::shared_ptr<kernels::Device> device_;
   std::vector<std::byte*> device_regions_;  // that the device has mapped
   std::unique_ptr<kernels::device::State> device_state_;
+  struct Recorded {
+    std::unique_ptr<kernels::device::Recording> recording;
+    std::function<std::shared_ptr<StartedCall>(kernels::device::Recording&)> make_call;
+  };
+  std::deque<Recorded> recorded_;  // calls in graphs; under calls_mutex_, added to by callers alone
   std::vector<std::shared_ptr<StartedCall>> stuck_;  // after an error: their kernels have not left
 
   std::optional<kernels::cpu::DispatchCall> dispatch_;

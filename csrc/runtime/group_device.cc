@@ -56,6 +56,10 @@ void Group::stop_kernels() {
 
 void Group::close_device() {
   if (!device_) return;
+  if (stuck_.empty() && device_state_ && device_state_->has_gates()) {
+    // A graph may be replayed whenever its owner likes: its gates then find that this group has stopped.
+    new std::unique_ptr<kernels::device::State>(std::move(device_state_));
+  }
   if (!stuck_.empty()) {
     common::log_line("warning", static_cast<int>(config_.topology.rank),
                      "kernels of a failed group are still queued: its memory is not given back");
@@ -74,9 +78,10 @@ void Group::close_device() {
 }
 
 // Results that the caller was promised are in its memory, or an error is raised.
-void Group::synchronize() {
+void Group::synchronize(void* stream) {
   check_open();
   if (!device_) return;
+  catch_up(stream);
   for (Phase phase : {Phase::kDispatch, Phase::kCombine}) {
     std::shared_ptr<StartedCall> last;
     {
@@ -105,8 +110,15 @@ std::shared_ptr<kernels::Plan> Group::new_device_plan(const DispatchRequest& req
   return plan;
 }
 
+void Group::check_plan(const kernels::Plan& plan) const {
+  MOE_EFA_CHECK(plan.device_view, "the plan was not made on this device");
+  if (!plan.rings.empty()) return;
+  throw StatusError({StatusCode::kInvalid, -1, -1, -1, -1,
+                     "the dispatch of this handle was captured in a graph that has not been replayed yet"});
+}
+
 std::uint64_t Group::start_device_dispatch(const DispatchRequest& request, const Prepared& prepared) {
-  MOE_EFA_CHECK(!prepared.plan->complete || prepared.plan->device_view, "the plan was not made on this device");
+  if (request.plan) check_plan(*request.plan);
   kernels::device::DispatchOptions options{static_cast<kernels::Device::Stream>(request.stream), request.alone,
                                            request.topk_idx, request.topk_weights, request.send_memory};
   std::lock_guard lock(calls_mutex_);
@@ -116,7 +128,7 @@ std::uint64_t Group::start_device_dispatch(const DispatchRequest& request, const
 }
 
 std::uint64_t Group::start_device_combine(const CombineRequest& request, const kernels::CombineArgs& args) {
-  MOE_EFA_CHECK(args.plan->device_view, "the plan was not made on this device");
+  check_plan(*args.plan);
   std::lock_guard lock(calls_mutex_);
   return start_call(std::make_shared<DeviceCombine>(
       context(), *device_state_, args, static_cast<kernels::Device::Stream>(request.stream), request.alone));
@@ -161,6 +173,7 @@ void Group::watch_device_calls() {
     if (!liveness_->any_goodbye()) continue;
     if (common::Status left = departure(calls.front()->phase(), epoch); !left.ok()) return record(left);
   }
+  check_replays();
 }
 
 std::size_t Group::device_send_bytes(std::uint32_t num_tokens) const {

@@ -1,6 +1,16 @@
 #include "runtime/started_call.h"
 
+#include <sstream>
+
 namespace moe_efa::runtime {
+
+std::string describe_wait(const kernels::Waiting& waiting) {
+  std::ostringstream text;
+  if (waiting.rank >= 0) text << " on rank " << waiting.rank;
+  if (*waiting.what != '\0') text << ' ' << waiting.what;
+  if (waiting.chunk >= 0) text << " (chunk " << waiting.chunk << ")";
+  return text.str();
+}
 
 StartedDispatch::StartedDispatch(const kernels::CallContext& context, const kernels::DispatchArgs& args,
                                  std::shared_ptr<HostPool> pool, std::uint64_t cache_share_bytes)

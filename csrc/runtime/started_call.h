@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "kernels/cpu/combine_call.h"
 #include "kernels/cpu/dispatch_call.h"
@@ -31,6 +32,8 @@ class StartedCall {
   proto::DType wire_dtype() const { return wire_dtype_; }
   const kernels::Plan& plan() const { return *plan_; }
   std::uint64_t number = 0;  // among all calls of the group (I14)
+  bool replayed = false;     // by a graph: nobody finishes it
+  double begin_s = 0;        // of such a call
 
  protected:
   // Publishes the results to whoever finishes the call.
@@ -42,6 +45,9 @@ class StartedCall {
   std::shared_ptr<const kernels::Plan> plan_;
   std::atomic<bool> done_{false};
 };
+
+// " on rank 1 for counts", for messages.
+std::string describe_wait(const kernels::Waiting& waiting);
 
 struct DispatchBuffers {
   std::shared_ptr<kernels::Plan> plan;

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from moe_efa.errors import PeerLostError
 from moe_efa.expert_parallel import ExpertParallel
-from moe_efa.testing import routing
+from moe_efa.testing import graphs, routing
 from moe_efa.testing.compare import assert_bitwise
 
 NUM_EXPERTS, TOP_K = 8, 3
+_REPLAYED_CAPACITY = 64  # some rounds of some cases do not fit
 _ROUTINGS = {
     "uniform": routing.uniform,
     "skewed": routing.skewed,
@@ -83,12 +84,12 @@ class Case:
             },
         )
 
-    def inputs(self, rank: int, ep: ExpertParallel) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, rank: int, ep: ExpertParallel, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x, topk_idx, topk_weights of a rank, the same values on every device."""
         tokens = max(0, self.num_tokens - 7 * rank)
-        generator = torch.Generator().manual_seed(1000 + rank)
+        generator = torch.Generator().manual_seed(1000 + rank + 100 * seed)
         x = torch.randn(tokens, self.hidden_size, generator=generator).to(self.dtype)
-        idx, weights = _ROUTINGS[self.routing](tokens, NUM_EXPERTS, TOP_K, seed=rank, drop_fraction=0.2)
+        idx, weights = _ROUTINGS[self.routing](tokens, NUM_EXPERTS, TOP_K, seed=rank + 100 * seed, drop_fraction=0.2)
         return x.to(ep.device), idx.to(ep.device), weights.to(ep.device)
 
 
@@ -153,6 +154,53 @@ def assert_same(
                 torch.testing.assert_close(here[name], there[name], rtol=1e-4, atol=1e-3)
                 continue
             assert_bitwise(here[name], there[name], f"{name} of rank {rank}")
+
+
+def replay(rank: int, group: dist.ProcessGroup | None, case: Case, device: str, num_rounds: int) -> dict[str, Tensor]:
+    """What rounds in static mode give, each with inputs of its own, by name, on the CPU.
+
+    On a device they are replays of graphs that were captured once, with a call that is none in every third; on the CPU
+    they are calls.
+    """
+    found: dict[str, Tensor] = {}
+    with case.open(group, device) as ep:
+        rounds = [case.inputs(rank, ep, seed=seed) for seed in range(num_rounds)]
+        tensors = tuple(tensor.clone() for tensor in rounds[0])
+        results: dict[str, Tensor] = {}
+
+        def both_ways() -> None:
+            x, idx, weights = tensors[0].detach().requires_grad_(), tensors[1], tensors[2].detach().requires_grad_()
+            d = ep.dispatch(x, idx, weights, expert_alignment=case.alignment, capacity=_REPLAYED_CAPACITY)
+            plain = ep.combine(d.x, d.handle, weighted=False)
+            (x_grad,) = torch.autograd.grad(plain, (x,), grad_outputs=tensors[0])
+            assert d.counts is not None
+            assert d.overflow is not None
+            results.update(rows=d.x, weights=d.weights, counts=d.counts, offsets=d.offsets, plain=plain, grad=x_grad)
+            results.update(weighted=ep.combine(d.x.detach(), d.handle), overflow=d.overflow)
+            results["again"] = ep.dispatch(tensors[0], handle=d.handle).x
+            if case.wire_dtype == "fp8":
+                fp8 = ep.dispatch(*tensors, capacity=_REPLAYED_CAPACITY, output="fp8")
+                assert fp8.scales is not None
+                results.update(fp8_rows=fp8.x.view(torch.uint8), fp8_scales=fp8.scales)
+
+        graph = None
+        if ep.info()["device"]:
+            graph = graphs.Graph()
+            with graph.capture():
+                both_ways()
+        for number, inputs in enumerate(rounds):
+            for tensor, values in zip(tensors, inputs, strict=True):
+                tensor.copy_(values)
+            if graph is None:
+                both_ways()
+            else:
+                graph.replay()
+            if number % 3 == 2:
+                found[f"{number} call"] = ep.dispatch(*inputs).x
+            ep.synchronize()
+            found |= {f"{number} {name}": tensor.detach().clone() for name, tensor in results.items()}
+        found["rounds"] = torch.tensor(ep.stats()["rounds"])
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def _calls_in_one(

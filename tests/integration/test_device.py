@@ -7,11 +7,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,52 +18,13 @@ import moe_efa
 from moe_efa import device as device_of
 from moe_efa.errors import TransportError
 from moe_efa.testing import device_rounds
+from moe_efa.testing.device_ranks import DeviceRanks
 from moe_efa.testing.device_rounds import CASES, Case
 from moe_efa.testing.spawn import spawn
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [path.relative_to(ROOT) for path in sorted((ROOT / "tests/csrc/device").glob("*.cc"))]
-FOLDER = ROOT / "build" / "device-tests"
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
 GPU = torch.cuda.is_available() and device_of.CUDA_LIBRARY.exists()
 DEVICE = "cuda" if GPU else "cpu"
 HEARTBEAT_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def device_library(build: ModuleType) -> Path | None:
-    """The library that plays the GPU; None where there is one."""
-    if GPU:
-        return None
-    objects = build.ObjectCompiler(FOLDER).compile(SOURCES, dict.fromkeys(SOURCES, FLAGS))
-    target = FOLDER / "libemulated_device.so"
-    partial = FOLDER / f"partial-{os.getpid()}.so"
-    command = [*build.compiler(), "-shared", *map(str, objects), "-o", str(partial), "-pthread"]
-    subprocess.run(command, check=True)
-    partial.rename(target)
-    return target
-
-
-def on_library(rank: int, group: dist.ProcessGroup, library: Path | None, fn: Callable[..., Any], *args: Any) -> Any:
-    """In a rank, whose environment is that of the server which started it."""
-    if library is not None:
-        os.environ["MOE_EFA_DEVICE_LIBRARY"] = str(library)
-    return fn(rank, group, *args)
-
-
-class Ranks:
-    """Runs functions on ranks whose kernels run on the device."""
-
-    def __init__(self, library: Path | None) -> None:
-        self.library = library
-
-    def spawn(self, fn: Callable[..., Any], num_ranks: int, *args: Any, **options: Any) -> list[Any]:
-        return spawn(on_library, num_ranks, self.library, fn, *args, **options)
-
-
-@pytest.fixture
-def ranks(device_library: Path | None) -> Ranks:
-    return Ranks(device_library)
 
 
 @functools.lru_cache
@@ -78,7 +34,7 @@ def on_cpu(case: Case) -> list[dict[str, Tensor]]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_every_call_gives_the_bits_of_the_cpu(case: Case, ranks: Ranks) -> None:
+def test_every_call_gives_the_bits_of_the_cpu(case: Case, ranks: DeviceRanks) -> None:
     found = ranks.spawn(device_rounds.run, case.num_ranks, case, DEVICE)
     device_rounds.assert_same(found, on_cpu(case), torch_sums_alike=not GPU)
 
@@ -98,7 +54,7 @@ def what_runs_kernels(rank: int, group: dist.ProcessGroup, case: Case, device: s
         return str(ep.info()["device"])
 
 
-def test_the_group_says_what_runs_its_kernels(ranks: Ranks) -> None:
+def test_the_group_says_what_runs_its_kernels(ranks: DeviceRanks) -> None:
     assert all(ranks.spawn(what_runs_kernels, 2, CASES[1], DEVICE))
     assert not any(spawn(what_runs_kernels, 2, dataclasses.replace(CASES[1], buffers="host"), "cpu"))
 
@@ -117,7 +73,7 @@ def send_a_wrong_id(rank: int, group: dist.ProcessGroup, case: Case, device: str
     return "nothing"
 
 
-def test_a_wrong_expert_id_is_an_error_on_all_ranks(ranks: Ranks) -> None:
+def test_a_wrong_expert_id_is_an_error_on_all_ranks(ranks: DeviceRanks) -> None:
     first, *others = ranks.spawn(send_a_wrong_id, 4, CASES[4], DEVICE)
     assert "topk_idx[10] (of all slots) is 99, outside [-1, 8)" in first
     assert all("rank 0" in text for text in others)
@@ -126,7 +82,7 @@ def test_a_wrong_expert_id_is_an_error_on_all_ranks(ranks: Ranks) -> None:
 @pytest.mark.waits
 @pytest.mark.parametrize("in_call", [False, True], ids=["before", "during"])
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=lambda case: case.id)
-def test_a_killed_rank_is_named_by_all_others(case: Case, in_call: bool, ranks: Ranks) -> None:
+def test_a_killed_rank_is_named_by_all_others(case: Case, in_call: bool, ranks: DeviceRanks) -> None:
     outcomes = ranks.spawn(device_rounds.lose_a_rank, case.num_ranks, case, DEVICE, HEARTBEAT_S, in_call, may_die=[1])
     for named, after_s in outcomes[:1] + outcomes[2:]:
         assert named == 1
@@ -148,7 +104,7 @@ def issue_different_calls(rank: int, group: dist.ProcessGroup, case: Case, devic
     return "nothing"
 
 
-def test_different_calls_are_an_error_on_all_ranks(ranks: Ranks) -> None:
+def test_different_calls_are_an_error_on_all_ranks(ranks: DeviceRanks) -> None:
     texts = ranks.spawn(issue_different_calls, 2, CASES[1], DEVICE)
     assert all("different calls" in text for text in texts)
 
@@ -173,7 +129,7 @@ def train_a_layer(rank: int, group: dist.ProcessGroup, device: str) -> dict[str,
     return found
 
 
-def test_a_layer_trains_as_on_the_cpu(ranks: Ranks) -> None:
+def test_a_layer_trains_as_on_the_cpu(ranks: DeviceRanks) -> None:
     found = ranks.spawn(train_a_layer, 4, DEVICE)
     expected = spawn(train_a_layer, 4, "cpu")
     for here, there in zip(found, expected, strict=True):

@@ -58,6 +58,10 @@ struct CombineBlocks {
 // Throws StatusError naming the call that failed, as it does for a grid that cannot be resident.
 void launch_combine(const CombineArgs& args, const CombineBlocks& blocks, void* stream);
 
+// The same, in a graph: see launch_recorded_pack.
+void launch_recorded_combine(const CombineArgs* args, const Watch& watch, const CombineBlocks& blocks, void* stream);
+
+const void* recorded_combine_kernel_entry();
 const void* combine_kernel_entry();  // for loading it before it is launched
 
 }  // namespace moe_efa::kernels::cuda

@@ -20,6 +20,7 @@
 #include "kernels/cuda/cuda_launch.h"
 #include "kernels/cuda/driver_api.h"
 #include "kernels/cuda/exported_memory.h"
+#include "kernels/cuda/gate.h"
 #include "kernels/cuda/pack.h"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/primary_context.h"
@@ -273,6 +274,29 @@ class CudaDevice final : public Device {
     DeviceScope scope(primary_);
     launch_combine(args, blocks, stream);
   }
+  void launch(const GateArgs& args, Stream stream) override {
+    DeviceScope scope(primary_);
+    launch_gate(args, stream);
+  }
+  void launch(const PackArgs* args, const Watch& watch, std::uint32_t num_blocks, Stream stream) override {
+    DeviceScope scope(primary_);
+    launch_recorded_pack(args, watch, num_blocks, stream);
+  }
+  void launch(const RecordedPull* args, const Watch& watch, std::uint32_t num_blocks, std::uint32_t pack_blocks,
+              Stream stream) override {
+    DeviceScope scope(primary_);
+    launch_recorded_pull(args, watch, num_blocks, pack_blocks, stream);
+  }
+  void launch(const CombineArgs* args, const Watch& watch, const CombineBlocks& blocks, Stream stream) override {
+    DeviceScope scope(primary_);
+    launch_recorded_combine(args, watch, blocks, stream);
+  }
+  bool capturing(Stream stream) override {
+    DeviceScope scope(primary_);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    CUDA_CHECK(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
 
   // ---- Marks: events, which are used again and again ----
 
@@ -353,7 +377,9 @@ class CudaDevice final : public Device {
   // The driver loads a kernel when it is first used, and waits for all kernels that run: for ever, if one of those
   // waits for what the new one does.
   void load_everything() {
-    for (const void* kernel : {plan_kernel_entry(), pack_kernel_entry(), pull_kernel_entry(), combine_kernel_entry()}) {
+    for (const void* kernel : {plan_kernel_entry(), pack_kernel_entry(), pull_kernel_entry(), combine_kernel_entry(),
+                               gate_kernel_entry(), recorded_pack_kernel_entry(), recorded_pull_kernel_entry(),
+                               recorded_combine_kernel_entry()}) {
       cudaFuncAttributes attributes;
       CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));  // fails where there is no code for this device
       cudaFunction_t function = nullptr;

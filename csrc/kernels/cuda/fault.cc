@@ -30,6 +30,8 @@ Text text_of(What what) {
       return {StatusCode::kPeerTimeout, "no published chunk in time"};
     case What::kConsumed:
       return {StatusCode::kPeerTimeout, "no published chunk was consumed in time"};
+    case What::kGate:
+      return {StatusCode::kPeerTimeout, "the host did not let a captured call go on in time"};
     case What::kHeader:
       return {StatusCode::kProtocol, header_text(HeaderPart::kIdentity)};
     case What::kPlan:
@@ -67,6 +69,11 @@ void raise(const Fault& fault) {
     message << "topk_idx[" << fault.chunk << "] (of all slots) is " << static_cast<std::int64_t>(fault.got)
             << ", outside [-1, " << fault.expected << ")";
     throw common::StatusError({text.code, -1, -1, -1, -1, message.str()});
+  }
+  if (fault.what == What::kGate) {
+    message << proto::phase_name(phase) << " of rank " << fault.rank << ", replay " << fault.chunk << ": " << text.what;
+    throw common::StatusError(
+        {text.code, static_cast<int>(fault.rank), static_cast<int>(fault.phase), -1, -1, message.str()});
   }
   message << "chunk " << fault.chunk << " of rank " << fault.peer << " in " << proto::phase_name(phase) << ", epoch "
           << fault.epoch << ": " << text.what << " (rank " << fault.rank << " expected " << fault.expected << ", got "

@@ -18,6 +18,7 @@ enum class What : std::uint32_t {
   kChunk,
   kPublished,
   kConsumed,
+  kGate,
   // Chunks that cannot be right (I1).
   kHeader,
   kPlan,

@@ -46,6 +46,10 @@ inline constexpr std::uint32_t kPackBlocks = 6;                       // one for
 // Queues the kernel on `stream` (a cudaStream_t). Throws StatusError naming the call that failed.
 void launch_pack(const PackArgs& args, std::uint32_t num_blocks, void* stream);
 
+// The same, in a graph: the arguments are read from device memory, aligned to 16 bytes, when the kernel runs.
+void launch_recorded_pack(const PackArgs* args, const Watch& watch, std::uint32_t num_blocks, void* stream);
+
+const void* recorded_pack_kernel_entry();
 const void* pack_kernel_entry();  // for loading it before it is launched
 
 }  // namespace moe_efa::kernels::cuda

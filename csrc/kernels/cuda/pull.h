@@ -56,6 +56,15 @@ inline constexpr std::uint32_t kPullThreads = 256;
 void launch_pull(const PullArgs& args, std::uint32_t num_blocks, const PackArgs* rest, std::uint32_t pack_blocks,
                  void* stream);
 
+// What a pull in a graph is to do: see launch_recorded_pack. Of its blocks `pack_blocks` pack, where anything is left.
+struct RecordedPull {
+  alignas(16) PullArgs pull;
+  alignas(16) PackArgs rest;
+};
+void launch_recorded_pull(const RecordedPull* args, const Watch& watch, std::uint32_t num_blocks,
+                          std::uint32_t pack_blocks, void* stream);
+
+const void* recorded_pull_kernel_entry();
 const void* pull_kernel_entry();  // for loading it before it is launched
 
 }  // namespace moe_efa::kernels::cuda

@@ -15,12 +15,12 @@ constexpr auto kPhase = Phase::kCombine;
 }  // namespace
 
 CombineCall::CombineCall(const CallContext& context, State& state, const CombineArgs& args, Device::Stream stream,
-                         bool alone)
+                         bool alone, Recording* recording)
     : context_(context),
       state_(state),
       phase_(state.phase(kPhase)),
       args_(args),
-      launch_(state.device(), kPhase, stream, alone) {
+      launch_(state.device(), kPhase, stream, alone, recording) {
   const proto::LayoutConfig& config = context_.view.layout.config();
   announced_.assign(config.node_size + config.num_nodes, false);
   own_ = cpu::next_combine(context_.state, args_);
@@ -71,7 +71,9 @@ void CombineCall::queue() {
   std::size_t num_rings = state_.num_rings(), most = state_.most_chunks();
   cuda::CallState call{own_.epoch, own_.plan_id};
   Upload upload(phase_.staging, phase_.arguments, phase_.arguments_bytes);
-  cuda::CombineArgs combine{};
+  Recording* recording = launch_.recording();
+  cuda::CombineArgs combine{}, *recorded = nullptr, *placed = nullptr;
+  if (recording != nullptr) recorded = upload.add<cuda::CombineArgs>(1, &placed);
   combine.view = state_.view();
   combine.plan = *args_.plan->device_view;
   combine.y = args_.y;
@@ -90,10 +92,24 @@ void CombineCall::queue() {
   combine.ready = phase_.ready_words;
   combine.grids = phase_.grids;
   combine.watch = state_.watch(kPhase, 0);
+  if (recording != nullptr) {
+    *recorded = combine;
+    return recording->open(Recording::kEnter);
+  }
   launch_.enter();
   upload.queue(state_.device(), launch_.stream());
   state_.device().launch(combine, state_.grids(launch_.alone()).combine, launch_.stream());
   launch_.queued();
+}
+
+void record_combine(State& state, const Recording& recording) {
+  const PhaseState& phase = state.phase(kPhase);
+  cuda::GateArgs enter = recording.gate(Recording::kEnter, true);
+  enter.after[0] = {phase.arguments, phase.staging, static_cast<std::uint32_t>(phase.arguments_bytes)};
+  recording.queue(enter);
+  state.device().launch(reinterpret_cast<const cuda::CombineArgs*>(phase.arguments), state.watch(kPhase, 0),
+                        state.grids(true).combine, recording.stream());
+  recording.queue(recording.gate(Recording::kEnd, false));
 }
 
 // Everyone this rank exchanges anything with has entered the same call (I14).

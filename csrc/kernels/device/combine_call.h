@@ -7,16 +7,23 @@
 
 #include "kernels/cpu/announce.h"
 #include "kernels/device/launch.h"
+#include "kernels/device/recording.h"
 #include "kernels/device/state.h"
 #include "kernels/device/upload.h"
 #include "kernels/launch.h"
 
 namespace moe_efa::kernels::device {
 
+// Queues the kernels of a combine on a stream that is being captured; CombineCalls with the same arguments are its
+// replays.
+void record_combine(State& state, const Recording& recording);
+
 class CombineCall {
  public:
   // Of a plan that was made on a device. `stream`: the caller's; `alone`: see DispatchOptions.
-  CombineCall(const CallContext& context, State& state, const CombineArgs& args, Device::Stream stream, bool alone);
+  // `recording`: it is a replay of a graph.
+  CombineCall(const CallContext& context, State& state, const CombineArgs& args, Device::Stream stream, bool alone,
+              Recording* recording = nullptr);
 
   bool step();
   bool launched() const { return begun_; }  // the rest happens without the caller

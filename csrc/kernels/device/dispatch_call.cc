@@ -13,6 +13,45 @@ namespace {
 constexpr auto kPhase = Phase::kDispatch;
 enum Grid : std::uint32_t { kPlanOrPack, kPull };
 
+// The arguments of the first launch: a call's numbers, then, of a recording, what pack is to do. Those of the second
+// are behind them, since the copy of the first may not be done when they are written.
+struct FirstArguments {
+  FirstArguments(const proto::LayoutConfig& config, bool recorded)
+      : pack_at(aligned(sizeof(cuda::CallState)) + aligned(config.num_nodes * 8)),
+        end(pack_at + (recorded ? aligned(sizeof(cuda::PackArgs)) : 0)) {}
+  std::size_t pack_at, end;
+};
+
+cuda::PlanArgs plan_args(State& state, const DispatchArgs& args, const DispatchOptions& options,
+                         std::uint32_t num_nics) {
+  const proto::LayoutConfig& config = state.view().layout.config();
+  const State::SendScratch& scratch = state.scratch();
+  SendMemory memory = place_send(config, static_cast<std::byte*>(options.send_memory));
+  cuda::PlanArgs plan{};
+  plan.config = config;
+  plan.topk_idx = options.topk_idx;
+  plan.topk_weights = options.topk_weights;
+  plan.num_tokens = args.plan->num_tokens;
+  plan.num_nics = num_nics;
+  plan.send = memory.send;
+  plan.row_token = memory.row_token;
+  plan.entry_begin = scratch.entry_begin;
+  plan.entries = scratch.entries;
+  plan.expert_counts = scratch.expert_counts;
+  plan.columns = scratch.columns;
+  plan.watch = state.watch(kPhase, kPlanOrPack);
+  return plan;
+}
+
+// What of a plan comes back to the host.
+struct Sizes {
+  Sizes(State& state, const cuda::PlanArgs& plan)
+      : views{state.sizes(), plan.send, static_cast<std::uint32_t>(plan.config.num_nodes * sizeof(cuda::SendView))},
+        counts{state.sizes() + views.bytes, plan.expert_counts,
+               state.num_rings() * plan.config.experts_per_rank * 4} {}
+  cuda::GateCopy views, counts;
+};
+
 }  // namespace
 
 DispatchCall::DispatchCall(const CallContext& context, State& state, const DispatchArgs& args,
@@ -22,7 +61,7 @@ DispatchCall::DispatchCall(const CallContext& context, State& state, const Dispa
       phase_(state.phase(kPhase)),
       args_(args),
       options_(options),
-      launch_(state.device(), kPhase, options.stream, options.alone),
+      launch_(state.device(), kPhase, options.stream, options.alone, options.recording),
       replay_(args.plan->complete) {
   own_ = cpu::next_dispatch(context_.state, args_);
   rings_.emplace(context_, own_, *args_.plan);
@@ -41,7 +80,7 @@ bool DispatchCall::step() {
       sizes_known_ = true;
     }
   }
-  if (output_set_ && !launched_) {
+  if (sizes_known_ && output_set_ && !launched_) {
     queue_pull();
     return true;
   }
@@ -71,33 +110,21 @@ bool DispatchCall::begin() {
 
 void DispatchCall::queue_plan() {
   const proto::LayoutConfig& config = context_.view.layout.config();
-  const State::SendScratch& scratch = state_.scratch();
-  SendMemory memory = place_send(config, static_cast<std::byte*>(options_.send_memory));
-  cuda::PlanArgs plan{};
-  plan.config = config;
-  plan.topk_idx = options_.topk_idx;
-  plan.topk_weights = options_.topk_weights;
-  plan.num_tokens = args_.plan->num_tokens;
-  plan.num_nics = context_.num_nics;
-  plan.send = memory.send;
-  plan.row_token = memory.row_token;
-  plan.entry_begin = scratch.entry_begin;
-  plan.entries = scratch.entries;
-  plan.expert_counts = scratch.expert_counts;
-  plan.columns = scratch.columns;
-  plan.watch = state_.watch(kPhase, kPlanOrPack);
-  state_.device().launch(plan, launch_.stream());
-  std::size_t views = config.num_nodes * sizeof(cuda::SendView);
-  state_.device().copy(state_.sizes(), memory.send, views, launch_.stream());
-  state_.device().copy(state_.sizes() + views, scratch.expert_counts,
-                       std::size_t{state_.num_rings()} * config.experts_per_rank * 4, launch_.stream());
-  launch_.mark_copies();  // the host goes on from here, while the first chunks are packed
+  cuda::PlanArgs plan = plan_args(state_, args_, options_, context_.num_nics);
+  if (launch_.recording() == nullptr) {
+    state_.device().launch(plan, launch_.stream());
+    Sizes sizes(state_, plan);
+    for (const cuda::GateCopy& copy : {sizes.views, sizes.counts}) {
+      state_.device().copy(copy.to, copy.from, copy.bytes, launch_.stream());
+    }
+    launch_.mark_copies();  // the host goes on from here, while the first chunks are packed
+  }
   auto view = std::make_shared<cuda::PlanView>();
   view->num_tokens = args_.plan->num_tokens;
   view->num_nodes = config.num_nodes;
   view->send_chunks = cuda::most_send_chunks(config, args_.plan->num_tokens, context_.num_nics);
   view->send_chunk_rows = config.chunk_rows;
-  view->send = memory.send;
+  view->send = plan.send;
   args_.plan->device_view = std::move(view);
 }
 
@@ -117,6 +144,10 @@ void DispatchCall::queue_first_pack() {
   pack_.arrivals = phase_.words;
   pack_.ready = phase_.ready_words;
   pack_.watch = state_.watch(kPhase, kPlanOrPack);
+  if (launch_.recording() != nullptr) {
+    upload.add(&pack_, 1);
+    return launch_.recording()->open(Recording::kEnter);
+  }
   upload.queue(state_.device(), launch_.stream());
   state_.device().launch(pack_, state_.grids(launch_.alone()).pack, launch_.stream());
   launch_.queued();
@@ -206,12 +237,23 @@ void DispatchCall::queue_pull() {
   Plan& plan = *args_.plan;
   std::uint32_t nodes = config.num_nodes, num_rings = state_.num_rings();
   Device& device = state_.device();
-  // Behind what the first launch has of the arguments, whose copy may not be done.
+  Recording* recording = launch_.recording();
   cuda::PullArgs pull{};
   std::vector<cuda::RingCall> rings;
   for (std::uint32_t ring = 0; ring < num_rings; ++ring) rings.push_back({ring_seq_[ring], args_.wire_dtype});
-  std::size_t used = aligned(sizeof(cuda::CallState)) + aligned(first_seq_.size() * 8);
+  std::size_t used = FirstArguments(config, recording != nullptr).end;
   Upload upload(phase_.staging + used, phase_.arguments + used, phase_.arguments_bytes - used);
+  // Of a recording, where its gate expects them.
+  cuda::RecordedPull *recorded = nullptr, *placed = nullptr;
+  if (recording != nullptr) recorded = upload.add<cuda::RecordedPull>(1, &placed);
+  pull.tokens_per_expert = upload.add(plan.tokens_per_expert.data(), plan.tokens_per_expert.size());
+  pull.offsets = upload.add(plan.offsets.data(), plan.offsets.size());
+  if (recording != nullptr) {
+    std::int32_t* narrow_placed;
+    std::int32_t* narrow = upload.add<std::int32_t>(plan.offsets.size(), &narrow_placed);
+    std::transform(plan.offsets.begin(), plan.offsets.end(), narrow,
+                   [](std::int64_t offset) { return static_cast<std::int32_t>(offset); });
+  }
   pull.rings = upload.add(rings.data(), rings.size());
   if (!replay_) {
     const std::vector<std::uint32_t>& counts = rings_->expert_counts();
@@ -219,7 +261,7 @@ void DispatchCall::queue_pull() {
     Upload tables(phase_.staging + phase_.arguments_bytes, plan_memory_, phase_.staging_bytes - phase_.arguments_bytes);
     place_pulls(plan, config, view.topology.local_rank(), num_pulls.data(), plan_memory_, tables,
                 plan.device_view.get());
-    tables.queue(device, launch_.stream());
+    if (recording == nullptr) tables.queue(device, launch_.stream());
     pull.expert_counts = upload.add(counts.data(), counts.size());
     pull.expert_base = upload.add(rings_->expert_base().data(), counts.size());
     upload_losses(upload, pull);
@@ -231,9 +273,6 @@ void DispatchCall::queue_pull() {
           std::max(plan.device_view->send_chunk_rows, std::min(send.facts.rows, send.facts.rows_per_chunk));
     }
   }
-  pull.tokens_per_expert = upload.add(plan.tokens_per_expert.data(), plan.tokens_per_expert.size());
-  pull.offsets = upload.add(plan.offsets.data(), plan.offsets.size());
-  upload.queue(device, launch_.stream());
   pull.view = state_.view();
   pull.plan = *plan.device_view;
   pull.out_dtype = args_.out_dtype;
@@ -254,11 +293,59 @@ void DispatchCall::queue_pull() {
   pack_.chunk_begin = pack_.chunk_end;
   pack_.chunk_end = ~0u;
   bool rest = pack_.chunk_begin < pack_.plan.send_chunks;
-  device.launch(pull, sizes.pull_and_rest, rest ? &pack_ : nullptr, rest ? sizes.pack_rest : 0, launch_.stream());
-  launch_.queued();
+  if (recording != nullptr) {
+    *recorded = {pull, pack_};
+    recording->open(Recording::kPlace);
+  } else {
+    upload.queue(device, launch_.stream());
+    device.launch(pull, sizes.pull_and_rest, rest ? &pack_ : nullptr, rest ? sizes.pack_rest : 0, launch_.stream());
+    launch_.queued();
+  }
   for (SendPlan& send : plan.send) send.expert_counts = {};
   plan.complete = true;
   launched_ = true;
+}
+
+void record_dispatch(State& state, const Recording& recording, const DispatchArgs& args, const DispatchOptions& options,
+                     void* plan_memory, const RecordedTables& tables, std::uint32_t num_nics) {
+  const proto::LayoutConfig& config = state.view().layout.config();
+  const PhaseState& phase = state.phase(kPhase);
+  Device& device = state.device();
+  FirstArguments first(config, true);
+  GridSizes grids = state.grids(true);
+  bool fresh = options.send_memory != nullptr;
+
+  cuda::GateArgs enter = recording.gate(Recording::kEnter, true);
+  enter.after[0] = {phase.arguments, phase.staging, static_cast<std::uint32_t>(first.end)};
+  recording.queue(enter);
+  if (fresh) {
+    cuda::PlanArgs plan = plan_args(state, args, options, num_nics);
+    device.launch(plan, recording.stream());
+    Sizes found(state, plan);
+    cuda::GateArgs sizes = recording.gate(Recording::kSizes, false);
+    sizes.before[0] = found.views;
+    sizes.before[1] = found.counts;
+    recording.queue(sizes);
+  }
+  device.launch(reinterpret_cast<const cuda::PackArgs*>(phase.arguments + first.pack_at),
+                state.watch(kPhase, kPlanOrPack), grids.pack, recording.stream());
+
+  cuda::GateArgs place = recording.gate(Recording::kPlace, true);
+  place.after[0] = {phase.arguments + first.end, phase.staging + first.end,
+                    static_cast<std::uint32_t>(phase.arguments_bytes - first.end)};
+  if (fresh) {
+    std::size_t counts_at = first.end + aligned(sizeof(cuda::RecordedPull));
+    std::size_t offsets_at =
+        counts_at + aligned(config.experts_per_rank * 8) + aligned((config.experts_per_rank + 1) * 8);
+    place.after[1] = {plan_memory, phase.staging + phase.arguments_bytes,
+                      static_cast<std::uint32_t>(table_bytes(config))};
+    place.after[2] = {tables.counts, phase.staging + counts_at, config.experts_per_rank * 8};
+    place.after[3] = {tables.offsets, phase.staging + offsets_at, (config.experts_per_rank + 1) * 4};
+  }
+  recording.queue(place);
+  device.launch(reinterpret_cast<const cuda::RecordedPull*>(phase.arguments + first.end), state.watch(kPhase, kPull),
+                grids.pull_and_rest, grids.pack_rest, recording.stream());
+  recording.queue(recording.gate(Recording::kEnd, false));
 }
 
 Waiting DispatchCall::waiting() const {

@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/announced_rings.h"
 #include "kernels/device/launch.h"
+#include "kernels/device/recording.h"
 #include "kernels/device/state.h"
 #include "kernels/device/upload.h"
 #include "kernels/launch.h"
@@ -23,7 +24,19 @@ struct DispatchOptions {
   const std::int64_t* topk_idx = nullptr;  // [num_tokens, top_k], device
   const float* topk_weights = nullptr;     // the same
   void* send_memory = nullptr;             // send_bytes(num_tokens), device; the plan's
+  Recording* recording = nullptr;          // a replay of a graph: `stream` and `alone` are those of its capture
 };
+
+// Where a dispatch in a graph puts what of a plan is known on the host first, in memory of the device; fresh only.
+struct RecordedTables {
+  std::int64_t* counts = nullptr;   // [experts_per_rank]
+  std::int32_t* offsets = nullptr;  // [experts_per_rank + 1]
+};
+
+// Queues the kernels of a dispatch on a stream that is being captured; DispatchCalls with the same arguments and output
+// are its replays. A fresh one is in static mode. `plan_memory`: most_pull_bytes(); fresh only.
+void record_dispatch(State& state, const Recording& recording, const DispatchArgs& args, const DispatchOptions& options,
+                     void* plan_memory, const RecordedTables& tables, std::uint32_t num_nics);
 
 class DispatchCall {
  public:

@@ -7,11 +7,12 @@
 
 namespace moe_efa::kernels::device {
 
-Launch::Launch(Device& device, proto::Phase phase, Device::Stream caller, bool alone)
+Launch::Launch(Device& device, proto::Phase phase, Device::Stream caller, bool alone, Recording* recording)
     : device_(device),
       caller_(caller),
       stream_(alone ? caller : device.own_stream(static_cast<std::uint32_t>(phase))),
       alone_(alone),
+      recording_(recording),
       entered_(alone ? 0 : device.mark(caller)) {}
 
 Launch::~Launch() {

@@ -62,6 +62,14 @@ std::size_t pull_bytes(const Plan& plan, const proto::LayoutConfig& config, std:
   return offsets_of(plan, config, local_rank).end;
 }
 
+std::size_t most_pull_bytes(const proto::LayoutConfig& config, std::int64_t capacity, std::uint32_t max_tokens,
+                            std::uint32_t most_chunks) {
+  std::size_t nodes = config.num_nodes, chunks = nodes * config.node_size * most_chunks;
+  return table_bytes(config) + 2 * aligned(chunks * 4) +
+         aligned(static_cast<std::size_t>(capacity) * sizeof(PullEntry)) +
+         aligned(nodes * max_tokens * common::ceil_div(config.node_size, 8u)) + aligned(nodes * most_chunks * 8);
+}
+
 void place_pulls(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank,
                  const std::uint32_t* pulls, std::byte* memory, Upload& tables, cuda::PlanView* view) {
   PullOffsets offsets = offsets_of(plan, config, local_rank);

@@ -26,6 +26,9 @@ SendMemory place_send(const proto::LayoutConfig& config, std::byte* memory);
 std::size_t table_bytes(const proto::LayoutConfig& config);
 // Of a plan whose rings and sizes are known.
 std::size_t pull_bytes(const Plan& plan, const proto::LayoutConfig& config, std::uint32_t local_rank);
+// The most that pull_bytes() of a plan in static mode can be.
+std::size_t most_pull_bytes(const proto::LayoutConfig& config, std::int64_t capacity, std::uint32_t max_tokens,
+                            std::uint32_t most_chunks);
 
 // Lays out `memory` for the plan's pulls and masks, puts what is known of them into `tables` (to be copied to the start
 // of `memory`) and completes `view`. pulls[ring]: rows of the ring for this rank's experts that it

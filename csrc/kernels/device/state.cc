@@ -39,9 +39,12 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
   for (PhaseState& phase : phases_) {
     bool dispatch = &phase == phases_;
     phase.arguments_bytes = aligned(sizeof(cuda::CallState)) + aligned(rings * 8) + aligned(nodes * 8);
+    if (!dispatch) phase.arguments_bytes += aligned(sizeof(cuda::CombineArgs));
     phase.staging_bytes = phase.arguments_bytes;
     std::size_t words = (nodes + rings) * most_chunks_ + 2 * rings;
     if (dispatch) {
+      phase.arguments_bytes += aligned(sizeof(cuda::PackArgs)) + aligned(sizeof(cuda::RecordedPull)) +
+                               aligned((layout.experts_per_rank + 1) * 4);  // of recordings
       phase.arguments_bytes += aligned(rings * sizeof(cuda::RingCall)) + aligned(num_experts * 4) +
                                aligned(num_experts * 8) + 2 * aligned((layout.experts_per_rank + 1) * 8) +
                                aligned(num_experts * 4) + aligned(layout.node_size * 8);
@@ -98,6 +101,15 @@ template <typename T>
 T* State::take_host(std::size_t count) {
   host_memory_.push_back(device_->allocate_host(std::max<std::size_t>(1, count) * sizeof(T)));
   return static_cast<T*>(host_memory_.back());
+}
+
+State::Gates State::take_gates() {
+  if (gates_left_ == 0 || gates_left_ == kNoGates) {
+    gates_ = {take_host<GateWords>(kGatesAtOnce), take_device<std::uint64_t>(kGatesAtOnce)};
+    gates_left_ = kGatesAtOnce;
+  }
+  std::uint32_t next = kGatesAtOnce - gates_left_--;
+  return {gates_.words + next, gates_.run + next};
 }
 
 std::uint32_t State::num_rings() const {

@@ -42,6 +42,12 @@ struct GridSizes {
   cuda::CombineBlocks combine;
 };
 
+// Of one call that a graph has captured: see recording.h.
+struct GateWords {
+  static constexpr std::uint32_t kPoints = 4;
+  std::uint64_t knocked[kPoints], opened[kPoints];
+};
+
 // Of one phase.
 struct PhaseState {
   std::byte* staging = nullptr;    // host: what is copied to the device
@@ -107,10 +113,20 @@ class State {
     std::uint32_t* columns;
   };
   const SendScratch& scratch() const { return scratch_; }
+  // Words of their own for one more captured call: on the host, and the count of its replays on the device. From the
+  // first one on this object has to outlive every graph.
+  struct Gates {
+    GateWords* words;
+    std::uint64_t* run;
+  };
+  Gates take_gates();
+  bool has_gates() const { return gates_left_ != kNoGates; }
   // Where sizes come back to the host: SendView [num_nodes] | uint32 [num_experts].
   std::byte* sizes() { return sizes_; }
 
  private:
+  static constexpr std::uint32_t kNoGates = ~0u, kGatesAtOnce = 64;
+
   template <typename T>
   T* take_device(std::size_t count);
   template <typename T>
@@ -125,6 +141,8 @@ class State {
   std::mutex ready_mutex_;
   std::uint64_t* stop_ = nullptr;  // host
   SendScratch scratch_{};
+  Gates gates_{};
+  std::uint32_t gates_left_ = kNoGates;
   std::byte* sizes_ = nullptr;
 };
 

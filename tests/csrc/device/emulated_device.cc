@@ -10,13 +10,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "../kernels/emulated_block.h"
 #include "common/status.h"
-#include "kernels/cuda/combine_body.h"
-#include "kernels/cuda/pack_body.h"
 #include "kernels/cuda/plan_body.h"
-#include "kernels/cuda/pull_body.h"
+#include "kernels/cuda/recorded_body.h"
 
 namespace moe_efa::testing {
 
@@ -53,9 +52,29 @@ EmulatedStream::~EmulatedStream() {
 void EmulatedStream::queue(std::function<void()> work) {
   {
     std::lock_guard lock(mutex_);
+    if (capturing_) {
+      captured_.push_back(std::move(work));
+      return;
+    }
     work_.push_back(std::move(work));
   }
   changed_.notify_all();
+}
+
+void EmulatedStream::begin_capture() {
+  std::lock_guard lock(mutex_);
+  capturing_ = true;
+}
+
+EmulatedStream::Graph EmulatedStream::end_capture() {
+  std::lock_guard lock(mutex_);
+  capturing_ = false;
+  return std::exchange(captured_, {});
+}
+
+bool EmulatedStream::capturing() {
+  std::lock_guard lock(mutex_);
+  return capturing_;
 }
 
 void EmulatedStream::drain() {
@@ -216,6 +235,46 @@ void EmulatedDevice::launch(const kernels::cuda::CombineArgs& args, const kernel
                                            [&](EmulatedBlock& block, kernels::cuda::CombineShared& shared) {
                                              kernels::cuda::combine_body(block, args, blocks, shared);
                                            });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::GateArgs& args, Stream stream) {
+  stream_of(stream).queue([args, seed = next_seed()] {
+    run_grid<kernels::cuda::Tickets>(1, kWarpSize, seed, [&](EmulatedBlock& block, kernels::cuda::Tickets& shared) {
+      kernels::cuda::gate_body(block, args, shared);
+    });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::PackArgs* args, const kernels::cuda::Watch& watch,
+                            std::uint32_t num_blocks, Stream stream) {
+  num_blocks = std::min(num_blocks, kNumSms);
+  stream_of(stream).queue([=, seed = next_seed()] {
+    using Shared = kernels::cuda::RecordedPackShared;
+    run_grid<Shared>(num_blocks, kWarpSize, seed, [&](EmulatedBlock& block, Shared& shared) {
+      kernels::cuda::recorded_pack_body(block, args, watch, shared);
+    });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::RecordedPull* args, const kernels::cuda::Watch& watch,
+                            std::uint32_t num_blocks, std::uint32_t pack_blocks, Stream stream) {
+  stream_of(stream).queue([=, seed = next_seed()] {
+    using Shared = kernels::cuda::RecordedPullShared;
+    run_grid<Shared>(num_blocks, kWarpSize, seed, [&](EmulatedBlock& block, Shared& shared) {
+      kernels::cuda::recorded_pull_body(block, args, watch, pack_blocks, shared);
+    });
+  });
+}
+
+void EmulatedDevice::launch(const kernels::cuda::CombineArgs* args, const kernels::cuda::Watch& watch,
+                            const kernels::cuda::CombineBlocks& blocks, Stream stream) {
+  stream_of(stream).queue([=, seed = next_seed()] {
+    using Shared = kernels::cuda::RecordedCombineShared;
+    run_grid<Shared>(blocks.publish + blocks.forward + blocks.reduce, kWarpSize, seed,
+                     [&](EmulatedBlock& block, Shared& shared) {
+                       kernels::cuda::recorded_combine_body(block, args, watch, blocks, shared);
+                     });
   });
 }
 

@@ -24,6 +24,11 @@ class EmulatedStream {
   ~EmulatedStream();
   void queue(std::function<void()> work);
   void drain();
+  // What is queued in between goes into the graph, and runs when that is replayed.
+  using Graph = std::vector<std::function<void()>>;
+  void begin_capture();
+  Graph end_capture();
+  bool capturing();
 
  private:
   void loop();
@@ -31,11 +36,12 @@ class EmulatedStream {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::function<void()>> work_;
-  bool stop_ = false, busy_ = false;
+  bool stop_ = false, busy_ = false, capturing_ = false;
+  Graph captured_;
   std::thread thread_;
 };
 
-class EmulatedDevice final : public kernels::Device {
+class EmulatedDevice : public kernels::Device {
  public:
   explicit EmulatedDevice(bool stream_ordered);
   ~EmulatedDevice() override;
@@ -59,6 +65,14 @@ class EmulatedDevice final : public kernels::Device {
               std::uint32_t pack_blocks, Stream stream) override;
   void launch(const kernels::cuda::CombineArgs& args, const kernels::cuda::CombineBlocks& blocks,
               Stream stream) override;
+  void launch(const kernels::cuda::GateArgs& args, Stream stream) override;
+  void launch(const kernels::cuda::PackArgs* args, const kernels::cuda::Watch& watch, std::uint32_t num_blocks,
+              Stream stream) override;
+  void launch(const kernels::cuda::RecordedPull* args, const kernels::cuda::Watch& watch, std::uint32_t num_blocks,
+              std::uint32_t pack_blocks, Stream stream) override;
+  void launch(const kernels::cuda::CombineArgs* args, const kernels::cuda::Watch& watch,
+              const kernels::cuda::CombineBlocks& blocks, Stream stream) override;
+  bool capturing(Stream stream) override { return stream_of(stream).capturing(); }
   Mark mark(Stream stream) override;
   bool reached(Mark mark) override;
   void wait_for(Stream stream, Mark mark) override;
@@ -66,6 +80,7 @@ class EmulatedDevice final : public kernels::Device {
   void flush_writes() override { ++flushes_; }
 
   // For tests.
+  EmulatedStream& caller_stream() { return streams_[0]; }
   void delay(double seconds);  // of what the caller queues from here on
   kernels::DeviceFacts& change_facts() { return facts_; }
   int flushes() const { return flushes_; }

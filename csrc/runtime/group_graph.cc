@@ -1,0 +1,152 @@
+// What a Group does for graphs. Capture queues kernels and sends nothing; a replay is a call from the moment when its
+// first gate knocks, and goes through the same states as any other: in the background, for nobody waits for it.
+#include <sstream>
+
+#include "common/check.h"
+#include "kernels/device/plan_memory.h"
+#include "runtime/device_started.h"
+#include "runtime/group.h"
+
+namespace moe_efa::runtime {
+
+using common::StatusCode;
+using common::StatusError;
+using kernels::device::Recording;
+using proto::Phase;
+
+namespace {
+
+// A mark that is released, whatever happens.
+class ScopedMark {
+ public:
+  ScopedMark(kernels::Device& device, kernels::Device::Stream stream) : device_(device), mark_(device.mark(stream)) {}
+  ~ScopedMark() {
+    kernels::device::quietly([this] { device_.release(mark_); });
+  }
+  ScopedMark(const ScopedMark&) = delete;
+  ScopedMark& operator=(const ScopedMark&) = delete;
+  bool reached() const { return device_.reached(mark_); }
+
+ private:
+  kernels::Device& device_;
+  kernels::Device::Mark mark_;
+};
+
+}  // namespace
+
+std::size_t Group::device_plan_bytes(std::int64_t capacity) const {
+  return kernels::device::most_pull_bytes(layout_.config(), capacity, config_.max_tokens_per_rank,
+                                          device_state_->most_chunks());
+}
+
+std::shared_ptr<kernels::Plan> Group::record_dispatch(const DispatchRequest& request, const RecordedOutput& output) {
+  Prepared prepared = prepare_dispatch(request);
+  const std::shared_ptr<kernels::Plan>& plan = prepared.plan;
+  bool fresh = !request.plan;
+  MOE_EFA_CHECK(!fresh || plan->is_static(), "a fresh dispatch in a graph needs a capacity");
+  MOE_EFA_CHECK(fresh || plan->device_view, "the plan was not made on this device");
+  kernels::DispatchArgs args{request.x, request.dtype, prepared.wire, prepared.out, plan};
+  kernels::device::DispatchOptions options{request.stream,         true,
+                                           request.topk_idx,       request.topk_weights,
+                                           request.send_memory,    nullptr};
+  auto recording = std::make_unique<Recording>(*device_state_, Phase::kDispatch, request.stream);
+  kernels::device::record_dispatch(*device_state_, *recording, args, options, output.plan_memory, output.tables,
+                                   context().num_nics);
+  if (fresh) {
+    // What later captures need to know; every replay fills in the rest.
+    auto view = std::make_shared<kernels::cuda::PlanView>();
+    view->overflow = static_cast<std::uint64_t*>(output.plan_memory);
+    plan->device_view = std::move(view);
+    plan->complete = true;
+  }
+  add_recording(std::move(recording), [=, this](Recording& of) {
+    kernels::device::DispatchOptions replayed = options;
+    replayed.recording = &of;
+    if (fresh) {
+      plan->complete = false;
+      __atomic_store_n(plan->overflow.get(), 0, __ATOMIC_RELAXED);
+    }
+    auto call = std::make_shared<DeviceDispatch>(context(), *device_state_, args, replayed);
+    call->set_output(output.rows, output.plan_memory);
+    return call;
+  });
+  return plan;
+}
+
+void Group::record_combine(const CombineRequest& request) {
+  kernels::CombineArgs args = prepare_combine(request);
+  MOE_EFA_CHECK(args.plan->device_view, "the plan was not made on this device");
+  auto recording = std::make_unique<Recording>(*device_state_, Phase::kCombine, request.stream);
+  kernels::device::record_combine(*device_state_, *recording);
+  add_recording(std::move(recording), [=, this](Recording& of) {
+    return std::make_shared<DeviceCombine>(context(), *device_state_, args, request.stream, true, &of);
+  });
+}
+
+void Group::add_recording(std::unique_ptr<Recording> recording,
+                          std::function<std::shared_ptr<StartedCall>(Recording&)> make_call) {
+  std::lock_guard lock(calls_mutex_);
+  recorded_.push_back({std::move(recording), std::move(make_call)});
+  background_->stay_awake(!crowded_);
+  settle_background();
+}
+
+// With calls_mutex_ held: calls for the replays that have begun. Of those on one stream the next begins when the one
+// before has ended.
+bool Group::answer_gates() {
+  bool any = false;
+  for (Recorded& recorded : recorded_) {
+    if (!recorded.recording->knocks()) continue;
+    recorded.recording->begin();
+    std::shared_ptr<StartedCall> call = recorded.make_call(*recorded.recording);
+    call->number = state_.call - 1;
+    call->replayed = true;
+    call->begin_s = monotonic_s();
+    moving_[static_cast<int>(call->phase())].push_back(std::move(call));
+    any = true;
+  }
+  return any;
+}
+
+// With calls_mutex_ held.
+bool Group::replays_run() const {
+  for (const auto& calls : moving_) {
+    for (const auto& call : calls) {
+      if (call->replayed) return true;
+    }
+  }
+  return false;
+}
+
+// Before a call that is no replay: those that the stream has before it come first.
+void Group::catch_up(void* stream) {
+  if (recorded_.empty() || failed_.load() || closed_) return;
+  ScopedMark mark(*device_, stream);
+  std::uint64_t epoch;
+  {
+    std::lock_guard lock(calls_mutex_);
+    epoch = state_.epoch[0];
+  }
+  run_beside(Phase::kDispatch, epoch, {-1, -1, "for its own stream to reach the call"}, [&] {
+    std::lock_guard lock(calls_mutex_);
+    return mark.reached() && !replays_run();
+  });
+}
+
+// With calls_mutex_ held: the first replay that waits for too long, for whom the host knows better than its gate.
+void Group::check_replays() {
+  for (const auto& calls : moving_) {
+    if (calls.empty() || !calls.front()->replayed) continue;
+    const StartedCall& call = *calls.front();
+    double since_s = monotonic_s() - call.begin_s;
+    if (since_s <= config_.timeout_s) continue;
+    kernels::Waiting waiting = call.waiting();
+    std::ostringstream text;
+    text << proto::phase_name(call.phase()) << " epoch " << call.epoch() << " on rank " << config_.topology.rank
+         << ", a replay, has not ended in " << config_.timeout_s << " s: waiting" << describe_wait(waiting);
+    return record({StatusCode::kPeerTimeout, waiting.rank, static_cast<int>(call.phase()),
+                   static_cast<std::int64_t>(call.epoch()), waiting.chunk, text.str()});
+  }
+}
+
+}  // namespace moe_efa::runtime
