@@ -50,6 +50,7 @@ class Plan:
     """Routing facts of one dispatch; what a handle keeps. It may be given attributes."""
 
     memory: tuple[Any, ...]  # on a device: what holds its arrays
+    tables: Any  # of a dispatch in a graph: native_group.PlanTables
 
     @property
     def plan_id(self) -> int: ...

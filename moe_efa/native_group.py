@@ -253,7 +253,9 @@ class NativeGroup:
     ) -> tuple[_C.Plan, Tensor, Tensor | None, Tensor]:
         """:meth:`_fresh` into a graph. Counts and offsets of the plan are tensors there, which replays write."""
         if capacity is None:
-            raise ValueError("a dispatch in a CUDA graph needs a capacity, or a handle: its sizes are those of all replays")
+            raise ValueError(
+                "a dispatch in a CUDA graph needs a capacity, or a handle: its sizes are those of all replays"
+            )
         call = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output)
         rows, scales, weights = self._static_results(capacity, _dtype_of_rows(x, fp8_output))
         experts = self.config.num_experts // self.num_ranks

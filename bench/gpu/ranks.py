@@ -1,5 +1,6 @@
-"""Rounds of 1, 2, 4 and 8 ranks that share this machine's GPUs, compared with the same rounds on the CPU, and what a
-killed rank does. Nodes are joined by libfabric's tcp provider where there is libfabric, otherwise by shared memory.
+"""Rounds of 1, 2, 4 and 8 ranks that share this machine's GPUs, called and replayed by graphs, compared with the same
+rounds on the CPU, and what a killed rank does. Nodes are joined by libfabric's tcp provider where there is libfabric,
+otherwise by shared memory.
 
     python bench/gpu/ranks.py [--device cuda]
 
@@ -17,11 +18,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_efa import build_info
-from moe_efa.testing.device_rounds import CASES, MANY_RANKS, Case, assert_same, lose_a_rank, run
+from moe_efa.testing.device_rounds import (
+    CASES,
+    MANY_RANKS,
+    Case,
+    assert_same,
+    lose_a_rank,
+    replay,
+    replay_layer,
+    run,
+)
 from moe_efa.testing.spawn import spawn
 
 TIMEOUT_S = 60.0
 HEARTBEAT_S = 3.0
+NUM_REPLAYS = 100
 
 
 def check(case: Case, device: str) -> None:
@@ -29,6 +40,20 @@ def check(case: Case, device: str) -> None:
     expected = spawn(run, case.num_ranks, dataclasses.replace(case, buffers="host"), "cpu", timeout=TIMEOUT_S)
     found = spawn(run, case.num_ranks, case, device, timeout=TIMEOUT_S)
     assert_same(found, expected, torch_sums_alike=device == "cpu")
+
+
+def check_replays(case: Case, device: str) -> None:
+    """Raises what is wrong with replays of a graph."""
+    expected = spawn(
+        replay, case.num_ranks, dataclasses.replace(case, buffers="host"), "cpu", NUM_REPLAYS, timeout=TIMEOUT_S
+    )
+    found = spawn(replay, case.num_ranks, case, device, NUM_REPLAYS, timeout=TIMEOUT_S)
+    assert_same(found, expected, torch_sums_alike=device == "cpu")
+
+
+def check_layer(case: Case, device: str) -> None:
+    """Raises unless a whole layer in a graph gives what the same layer gives when it is called."""
+    spawn(replay_layer, case.num_ranks, case, device, NUM_REPLAYS, timeout=TIMEOUT_S)
 
 
 def check_loss(case: Case, device: str) -> None:
@@ -48,6 +73,10 @@ def main() -> int:
     if device == "cpu":
         cases = [dataclasses.replace(case, buffers="host") for case in cases]
     jobs = [(f"{case.id}: {what.__name__}", what, case) for case in cases for what in (check,)]
+    graphs = [(check_replays, cases[0]), (check_replays, cases[3])]
+    if device == "cuda":  # a layer's products are in the graph, too
+        graphs.append((check_layer, cases[4]))
+    jobs += [(f"{case.id}: {what.__name__}", what, case) for what, case in graphs]
     jobs += [(f"{cases[2].id}: {check_loss.__name__}", check_loss, cases[2])]
     wrong = 0
     for name, job, case in jobs:

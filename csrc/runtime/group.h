@@ -259,7 +259,7 @@ class Group {
     std::unique_ptr<kernels::device::Recording> recording;
     std::function<std::shared_ptr<StartedCall>(kernels::device::Recording&)> make_call;
   };
-  std::deque<Recorded> recorded_;  // calls in graphs; under calls_mutex_, added to by callers alone
+  std::deque<Recorded> recorded_;                    // calls in graphs; under calls_mutex_, added to by callers alone
   std::vector<std::shared_ptr<StartedCall>> stuck_;  // after an error: their kernels have not left
 
   std::optional<kernels::cpu::DispatchCall> dispatch_;

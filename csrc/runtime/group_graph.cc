@@ -46,9 +46,8 @@ std::shared_ptr<kernels::Plan> Group::record_dispatch(const DispatchRequest& req
   MOE_EFA_CHECK(!fresh || plan->is_static(), "a fresh dispatch in a graph needs a capacity");
   MOE_EFA_CHECK(fresh || plan->device_view, "the plan was not made on this device");
   kernels::DispatchArgs args{request.x, request.dtype, prepared.wire, prepared.out, plan};
-  kernels::device::DispatchOptions options{request.stream,         true,
-                                           request.topk_idx,       request.topk_weights,
-                                           request.send_memory,    nullptr};
+  kernels::device::DispatchOptions options{request.stream,      true,   request.topk_idx, request.topk_weights,
+                                           request.send_memory, nullptr};
   auto recording = std::make_unique<Recording>(*device_state_, Phase::kDispatch, request.stream);
   kernels::device::record_dispatch(*device_state_, *recording, args, options, output.plan_memory, output.tables,
                                    context().num_nics);

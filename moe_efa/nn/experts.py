@@ -98,7 +98,13 @@ class SwiGLUExperts(nn.Module):
         return LateGradients(*parameters)
 
     def forward(
-        self, rows: Tensor, offsets: Tensor, weights: Tensor | None = None, late: LateGradients | None = None
+        self,
+        rows: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None = None,
+        late: LateGradients | None = None,
+        *,
+        static: bool = False,
     ) -> Tensor:
         """The experts' results, row by row.
 
@@ -108,6 +114,7 @@ class SwiGLUExperts(nn.Module):
             offsets: [E_local + 1] int32, where each expert's rows begin; ``offsets[-1] == R``.
             weights: [R] fp32 factors of the results, differentiable; None is 1.
             late: of :meth:`late_gradients`: backward queues the parameters' gradients there.
+            static: ``offsets[-1] <= R``, as with a capacity; what is behind means nothing, in the results as well.
 
         Returns:
             [R, H] in the rows' dtype. Experts without rows get zero gradients.
@@ -119,8 +126,10 @@ class SwiGLUExperts(nn.Module):
             raise ValueError(f"rows must be [R, {self.hidden_size}], not {list(rows.shape)}")
         if offsets.shape != (self.num_local_experts + 1,):
             raise ValueError(f"offsets must be [{self.num_local_experts + 1}], not {list(offsets.shape)}")
-        if offsets.is_cpu and not torch.compiler.is_compiling() and int(offsets[-1]) != rows.shape[0]:
-            raise ValueError(f"offsets end at {int(offsets[-1])}, but there are {rows.shape[0]} rows")
+        if offsets.is_cpu and not torch.compiler.is_compiling():
+            end = int(offsets[-1])
+            if end > rows.shape[0] or (end < rows.shape[0] and not static):
+                raise ValueError(f"offsets end at {end}, but there are {rows.shape[0]} rows")
         if weights is not None and weights.shape != rows.shape[:1]:
             raise ValueError(f"weights must be [{rows.shape[0]}], not {list(weights.shape)}")
         dtype = autocast_dtype(rows) or rows.dtype

@@ -52,12 +52,16 @@ class MoELayer(nn.Module):
         expert_alignment: see :meth:`ExpertParallel.dispatch`.
         waves: see :meth:`ExpertParallel.moe`. With several waves, the gradients of the experts' parameters are computed
             while backward waits for gradients of tokens.
+        capacity: static mode, as in :meth:`ExpertParallel.dispatch`: this rank's experts get so many rows, sizes stay
+            on the device, and a CUDA graph may hold the layer. One wave. What did not fit shows in ``overflow``.
         initializer_range, seed: see :class:`SwiGLUExperts`. One seed serves all parts.
         options: further arguments of :class:`ExpertParallel`, such as ``wire_dtype``; not with ``expert_parallel``.
 
     Attributes:
         router, experts, shared_experts: the parts; shared_experts may be None.
-        tokens_per_expert: [E_local] int64 on the CPU, rows that this rank's experts got in the last forward.
+        tokens_per_expert: [E_local] int64 on the CPU, rows that this rank's experts got in the last forward. With a
+            capacity on x's device, and of those that fit.
+        overflow: with a capacity, that of the last forward's :class:`DispatchResult`; None before, and without one.
         topk_idx: [..., K], the last selection, as forward takes it to replay it; None before.
         aux_loss: the router's, of the last forward.
 
@@ -73,6 +77,7 @@ class MoELayer(nn.Module):
 
     topk_idx: Tensor | None
     tokens_per_expert: Tensor
+    overflow: Tensor | None
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class MoELayer(nn.Module):
         apply_weights: str = "before_down_proj",
         expert_alignment: int = 1,
         waves: int | None = None,
+        capacity: int | None = None,
         initializer_range: float = 0.02,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -121,6 +127,11 @@ class MoELayer(nn.Module):
                     continue
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            if capacity is not None:
+                if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
+                    raise ValueError(f"capacity must be an integer from 0 on, not {capacity!r}")
+                if waves not in (None, 1):
+                    raise ValueError(f"waves={waves} with a capacity, which is of one wave")
             config = _config(group, expert_parallel, sizes, options)
             common: dict[str, Any] = {
                 "hidden_size": config.hidden_size,
@@ -158,7 +169,8 @@ class MoELayer(nn.Module):
         self.expert_parallel = expert_parallel
         local = expert_parallel.num_local_experts
         self.apply_weights, self.expert_alignment, self.waves = apply_weights, expert_alignment, waves
-        self.topk_idx = None
+        self.capacity = capacity
+        self.topk_idx = self.overflow = None
         self.tokens_per_expert = torch.zeros(local, dtype=torch.int64, device="cpu")
         self.router = router
         try:
@@ -205,18 +217,23 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, x.shape[-1]).contiguous()
         top_k = topk_idx.shape[-1]
         routing = topk_idx.reshape(-1, top_k).contiguous(), topk_weights.reshape(-1, top_k).contiguous()
-        waves = self.expert_parallel.num_waves(self.waves, dtype=x.dtype)
+        waves = 1 if self.capacity is not None else self.expert_parallel.num_waves(self.waves, dtype=x.dtype)
+        overflow = None
         if waves > 1:
             out, tokens_per_expert = self._in_waves(waves, tokens, *routing)
         else:
-            received = self.expert_parallel.dispatch(tokens, *routing, expert_alignment=self.expert_alignment)
-            assert received.tokens_per_expert is not None  # no capacity was given
-            tokens_per_expert = received.tokens_per_expert
+            received = self.expert_parallel.dispatch(
+                tokens, *routing, expert_alignment=self.expert_alignment, capacity=self.capacity
+            )
+            counts = received.tokens_per_expert if self.capacity is None else received.counts
+            assert counts is not None
+            tokens_per_expert, overflow = counts, received.overflow
             early = self.apply_weights == "before_down_proj"
-            y = self.experts(received.x, received.offsets, received.weights if early else None)
+            options = {"static": True} if self.capacity is not None and type(self.experts) is SwiGLUExperts else {}
+            y = self.experts(received.x, received.offsets, received.weights if early else None, **options)
             out = self.expert_parallel.combine(y, received.handle, weighted=not early)
         if records:
-            self.tokens_per_expert = tokens_per_expert
+            self.tokens_per_expert, self.overflow = tokens_per_expert, overflow
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens).to(out.dtype)
         return out.reshape(x.shape)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_efa.errors import PeerLostError
 from moe_efa.expert_parallel import ExpertParallel
+from moe_efa.nn import MoELayer
 from moe_efa.testing import graphs, routing
 from moe_efa.testing.compare import assert_bitwise
 
@@ -201,6 +202,31 @@ def replay(rank: int, group: dist.ProcessGroup | None, case: Case, device: str, 
             found |= {f"{number} {name}": tensor.detach().clone() for name, tensor in results.items()}
         found["rounds"] = torch.tensor(ep.stats()["rounds"])
     return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def replay_layer(rank: int, group: dist.ProcessGroup | None, case: Case, device: str, num_rounds: int) -> None:
+    """A layer as a whole in a graph of torch, forward and backward, against calls of the same layer."""
+    torch.manual_seed(rank)
+    with case.open(group, device) as ep:
+        bf16: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}  # whose products need no sizes on the host
+        layer = MoELayer(expert_parallel=ep, intermediate_size=64, capacity=256, seed=3, **bf16)
+        x = torch.zeros(max(1, case.num_tokens - 7 * rank), case.hidden_size, requires_grad=True, **bf16)
+        torch.autograd.backward(layer(x).sum())  # first uses of kernels and memory are none of a graph's business
+        graph = graphs.Graph()
+        with graph.capture():
+            out = layer(x)
+            (grad,) = torch.autograd.grad(out.square().sum(), (x,))
+        for _ in range(num_rounds):
+            tokens = torch.randn_like(x)
+            with torch.no_grad():
+                x.copy_(tokens)
+            graph.replay()
+            tokens.requires_grad_()
+            expected = layer(tokens)
+            (expected_grad,) = torch.autograd.grad(expected.square().sum(), (tokens,))
+            ep.synchronize()
+            torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-3)
+            torch.testing.assert_close(grad, expected_grad, rtol=2e-2, atol=1e-3)
 
 
 def _calls_in_one(

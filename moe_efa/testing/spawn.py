@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,7 +52,12 @@ class _Outcome(NamedTuple):
 
 
 def spawn(
-    fn: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 120.0, may_die: Collection[int] = ()
+    fn: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout: float = 120.0,
+    may_die: Collection[int] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Call ``fn(rank, group, *args)`` on ``num_ranks`` processes and return their results in rank order.
 
@@ -62,6 +67,7 @@ def spawn(
         num_ranks: number of processes. torch runs single-threaded in each.
         timeout: seconds for everything; then every rank's stacks are shown and the processes are killed.
         may_die: ranks whose process may end without a result, which is then None.
+        environment: variables that the ranks get; they have those of the server otherwise, not the caller's.
 
     Raises:
         RankError: for the first failure in time, with the rank and its traceback.
@@ -73,7 +79,7 @@ def spawn(
     deadline = time.monotonic() + timeout
     # Pickled by value: torch's reducers for multiprocessing need the sender alive.
     module_file = getattr(sys.modules[fn.__module__], "__file__", None)
-    payload = pickle.dumps((fn.__module__, module_file, pickle.dumps((fn, args))))
+    payload = pickle.dumps((dict(environment or {}), fn.__module__, module_file, pickle.dumps((fn, args))))
     with tempfile.TemporaryDirectory(prefix="moe_efa_spawn_") as folder:
         processes: list[BaseProcess] = []
         pipes: list[Connection] = []
@@ -203,7 +209,8 @@ def _call(payload: bytes, rank: int, num_ranks: int, folder: str, timeout: float
         timeout=datetime.timedelta(seconds=timeout),
     )
     try:
-        module_name, module_file, pickled = pickle.loads(payload)
+        environment, module_name, module_file, pickled = pickle.loads(payload)
+        os.environ.update(environment)
         _import(module_name, module_file)
         fn, args = pickle.loads(pickled)
         return fn(rank, dist.group.WORLD, *args)

@@ -141,6 +141,45 @@ def counters(layer):
     return {"rounds": stats["rounds"], **phases}
 
 
+def train_with_capacity(rank, group, capacity, apply_weights):
+    """Results and gradients of a layer, [overflow], and how many rows its experts got."""
+    torch.manual_seed(rank)
+    x, grad = torch.randn(T, 16), torch.randn(T, 16)
+    layer = moe_efa.MoELayer(
+        group,
+        hidden_size=16,
+        intermediate_size=32,
+        capacity=capacity,
+        apply_weights=apply_weights,
+        expert_alignment=4,
+        **SIZES,
+        **INITIAL,
+    )
+    values, _, _ = run_once(layer, x, grad, lambda layer, x: layer(x))
+    overflow = None if layer.overflow is None else int(layer.overflow)
+    rows = int(layer.tokens_per_expert.sum())
+    layer.close()
+    return values, overflow, rows
+
+
+@pytest.mark.parametrize("apply_weights", ["before_down_proj", "at_combine"])
+def test_a_capacity_that_is_enough_changes_no_bit(apply_weights):
+    exact = spawn(train_with_capacity, 2, None, apply_weights)
+    static = spawn(train_with_capacity, 2, 2 * T * SIZES["top_k"] + 32, apply_weights)
+    for (values, overflow, rows), (expected, none, expected_rows) in zip(static, exact, strict=True):
+        assert (overflow, none, rows) == (0, None, expected_rows)
+        for value, other in zip(values, expected, strict=True):
+            assert_bitwise(value, other)
+
+
+def test_what_a_layer_lacked_shows_in_its_overflow():
+    lacking = spawn(train_with_capacity, 2, 8, "before_down_proj")
+    assert all(rows <= 8 for _, _, rows in lacking)
+    needed = max(overflow for _, overflow, _ in lacking)
+    assert needed > 8
+    assert all(overflow == 0 for _, overflow, _ in spawn(train_with_capacity, 2, needed, "before_down_proj"))
+
+
 def recompute_without_communication(rank, group):
     torch.manual_seed(rank)
     x, grad = torch.randn(T, 16), torch.randn(T, 16)
@@ -248,6 +287,8 @@ def test_arguments_that_do_not_fit_are_refused():
             ({"intermediate_size": 4, "score_function": "relu", **sizes}, "score_function"),
             ({"intermediate_size": 4, "n_group": 2, **sizes}, "sigmoid"),
             ({"intermediate_size": 4, "wire_dtype": "int3", **sizes}, "wire_dtype"),
+            ({"intermediate_size": 4, "capacity": -1, **sizes}, "capacity"),
+            ({"intermediate_size": 4, "capacity": 8, "waves": 2, **sizes}, "waves=2 with a capacity"),
         ]:
             with pytest.raises(ValueError, match=message):
                 moe_efa.MoELayer(**options)

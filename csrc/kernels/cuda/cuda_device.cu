@@ -377,9 +377,9 @@ class CudaDevice final : public Device {
   // The driver loads a kernel when it is first used, and waits for all kernels that run: for ever, if one of those
   // waits for what the new one does.
   void load_everything() {
-    for (const void* kernel : {plan_kernel_entry(), pack_kernel_entry(), pull_kernel_entry(), combine_kernel_entry(),
-                               gate_kernel_entry(), recorded_pack_kernel_entry(), recorded_pull_kernel_entry(),
-                               recorded_combine_kernel_entry()}) {
+    for (const void* kernel :
+         {plan_kernel_entry(), pack_kernel_entry(), pull_kernel_entry(), combine_kernel_entry(), gate_kernel_entry(),
+          recorded_pack_kernel_entry(), recorded_pull_kernel_entry(), recorded_combine_kernel_entry()}) {
       cudaFuncAttributes attributes;
       CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));  // fails where there is no code for this device
       cudaFunction_t function = nullptr;

@@ -20,10 +20,10 @@ struct GateCopy {
 struct GateArgs {
   static constexpr std::uint32_t kCopies = 4;
 
-  std::uint64_t* run;           // device: replays that came to the first gate of the call
-  bool enters;                  // this is that gate
-  std::uint64_t* knocked;       // mapped host: replays that came here
-  const std::uint64_t* opened;  // mapped host: replays that may go on; null: all may
+  std::uint64_t* run;                        // device: replays that came to the first gate of the call
+  bool enters;                               // this is that gate
+  std::uint64_t* knocked;                    // mapped host: replays that came here
+  const std::uint64_t* opened;               // mapped host: replays that may go on; null: all may
   GateCopy before[kCopies], after[kCopies];  // copied before the host is told, and when it has answered; 0 bytes: none
   std::uint32_t phase;
   Watch watch;

@@ -36,9 +36,8 @@ MOE_EFA_DEVICE void gate_body(Block& block, const GateArgs& args, Tickets& share
     about.peer = args.watch.rank;
     about.chunk = run;
     // Pairs with the host's release: what it has written for this replay is copied after it.
-    shared.go = args.opened == nullptr || wait_at_least(block, args.watch, run, about, [&] {
-                  return block.load_acquire(args.opened);
-                });
+    shared.go = args.opened == nullptr ||
+                wait_at_least(block, args.watch, run, about, [&] { return block.load_acquire(args.opened); });
   }
   block.sync();
   if (shared.go == 0) return;  // what follows on the stream sees the fault, or the stop, too
@@ -61,7 +60,8 @@ MOE_EFA_DEVICE bool fetch(Block& block, const Watch& watch, const Args* from, Fe
   block.sync();
   if (shared.go == 0) return false;
   const auto* vecs = reinterpret_cast<const Vec16*>(from);
-  for (std::uint32_t i = block.thread(); i < to.kVecs; i += block.num_threads()) to.vecs[i] = block.load_fresh(vecs + i);
+  for (std::uint32_t i = block.thread(); i < to.kVecs; i += block.num_threads())
+    to.vecs[i] = block.load_fresh(vecs + i);
   block.sync();
   return true;
 }

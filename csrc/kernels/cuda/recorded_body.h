@@ -1,4 +1,5 @@
-// The bodies of pack, pull and combine in a graph, for any Block (block.h): what they do at a replay is in device memory.
+// The bodies of pack, pull and combine in a graph, for any Block (block.h): what they do at a replay is in device
+// memory.
 #pragma once
 
 #include "kernels/cuda/combine_body.h"

@@ -47,8 +47,7 @@ cuda::PlanArgs plan_args(State& state, const DispatchArgs& args, const DispatchO
 struct Sizes {
   Sizes(State& state, const cuda::PlanArgs& plan)
       : views{state.sizes(), plan.send, static_cast<std::uint32_t>(plan.config.num_nodes * sizeof(cuda::SendView))},
-        counts{state.sizes() + views.bytes, plan.expert_counts,
-               state.num_rings() * plan.config.experts_per_rank * 4} {}
+        counts{state.sizes() + views.bytes, plan.expert_counts, state.num_rings() * plan.config.experts_per_rank * 4} {}
   cuda::GateCopy views, counts;
 };
 

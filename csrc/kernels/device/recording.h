@@ -1,7 +1,7 @@
 // Recording: one call in a graph that was captured. Its kernels are queued once, with gates between them (cuda/gate.h);
 // at every replay the host makes a call of it when the first gate knocks, as if it had been issued then, and steps it
-// like any other. So a replay takes its number among the calls of the group in the order of its stream (I14), and what a
-// call checks, announces and owes to others is the same.
+// like any other. So a replay takes its number among the calls of the group in the order of its stream (I14), and what
+// a call checks, announces and owes to others is the same.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ namespace {
 using moe_efa::testing::EmulatedDevice;
 using moe_efa::testing::EmulatedStream;
 
-std::set<EmulatedDevice*> devices;  // of this process
+std::set<EmulatedDevice*> devices;                                       // of this process
 std::map<int, std::map<EmulatedDevice*, EmulatedStream::Graph>> graphs;  // by number
 
 class OfLibrary final : public EmulatedDevice {
@@ -35,8 +35,8 @@ extern "C" __attribute__((visibility("default"))) moe_efa::kernels::Device* moe_
   return new OfLibrary(index < 0);
 }
 
-// As torch.cuda.graph, for tests in Python: what the callers' streams get between the first two goes into a graph, whose
-// number the second returns. For one thread.
+// As torch.cuda.graph, for tests in Python: what the callers' streams get between the first two goes into a graph,
+// whose number the second returns. For one thread.
 extern "C" __attribute__((visibility("default"))) void emulated_begin_capture() {
   for (EmulatedDevice* device : devices) device->caller_stream().begin_capture();
 }
