@@ -261,10 +261,10 @@ bool Group::peer_left(std::uint32_t rank, bool wait) const {
 
 // A peer that left after this very call owes nothing. One that left before it will never come: ok() where there is
 // none.
-Status Group::departure(Phase phase, std::int64_t epoch) const {
+Status Group::departure(Phase phase, std::int64_t epoch, std::uint64_t calls_begun) const {
   for (std::uint32_t rank : neighbours()) {
     std::optional<std::uint64_t> calls = liveness_->goodbye_of(static_cast<int>(rank));
-    if (!calls || *calls >= state_.call) continue;
+    if (!calls || *calls >= calls_begun) continue;
     std::string reason = liveness_->reason_of(static_cast<int>(rank));
     std::ostringstream text;
     text << "rank " << rank << ' '
@@ -289,8 +289,7 @@ void Group::fail(Status status) {
 void Group::check_open(std::optional<Phase> entering) {
   if (closed_) throw StatusError({StatusCode::kClosed, -1, -1, -1, -1, "this ExpertParallel is closed"});
   if (!failed_.load() && liveness_->failed()) {
-    record(entering ? peer_failure(*entering, static_cast<std::int64_t>(state_.epoch[static_cast<int>(*entering)]), {})
-                    : liveness_->failure());
+    record(entering ? peer_failure(*entering, next_epoch(*entering), {}) : liveness_->failure());
   }
   if (failed_.load()) {
     drop_started();  // the memory that they use goes with whoever catches this
@@ -399,7 +398,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
       last_check = now;
       if (interrupt_check_) interrupt_check_();
       if (liveness_->any_goodbye()) {
-        if (Status left = departure(phase, epoch); !left.ok()) fail(left);
+        if (Status left = departure(phase, epoch, calls_begun()); !left.ok()) fail(left);
       }
       if (now - last_moved > kPatienceS) {
         check_patience(phase, epoch, waiting_for(call, phase), now - last_moved, &warned);
@@ -569,20 +568,13 @@ std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
 
 // Waits for something about a call that is stepped with the others, in its turn.
 void Group::run_in_turn(const StartedCall& call, const std::function<bool()>& until) {
-  run_beside(call.phase(), call.epoch(), {}, until);
-}
-
-// Waits for something while calls are stepped. `waiting`: for what, where none of them is waited for.
-void Group::run_beside(Phase phase, std::uint64_t epoch, const kernels::Waiting& waiting,
-                       const std::function<bool()>& until) {
-  struct Beside {
-    std::uint64_t at;
-    kernels::Waiting reason;
+  struct InTurn {
+    const StartedCall& call;
     bool step() { return false; }
-    kernels::Waiting waiting() const { return reason; }
-    std::uint64_t epoch() const { return at; }
-  } beside{epoch, waiting};
-  run(beside, phase, until);
+    kernels::Waiting waiting() const { return {}; }
+    std::uint64_t epoch() const { return call.epoch(); }
+  } in_turn{call};
+  run(in_turn, call.phase(), until);
 }
 
 DispatchBuffers Group::finish(std::uint64_t ticket, void* stream) {
@@ -658,9 +650,12 @@ void Group::stand_in(bool caller_waits) {
 void Group::settle_background() {
   bool anything = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
   bool go_on = (anything || !recorded_.empty()) && !caller_waits_ && !failed_.load() && !liveness_->failed();
+  // A background that does not sleep steps the driver as well: one core serves both.
+  bool enter = go_on && (recorded_.empty() || crowded_);
+  if (driver_ && enter != driver_entered_) enter ? driver_->enter() : driver_->leave();
+  driver_entered_ = enter;
   if (go_on == in_background_) return;
   in_background_ = go_on;
-  if (driver_) go_on ? driver_->enter() : driver_->leave();
   background_->want(go_on);
 }
 
@@ -688,7 +683,7 @@ void Group::abort(const Status& status) {
 void Group::drain(double most_s) {
   double begin = monotonic_s();
   auto idle = [this] {
-    if (calls_done() < state_.call && !left_behind()) return false;
+    if (calls_done() < calls_begun() && !left_behind()) return false;
     bool idle = true;
     if (driver_) {
       driver_->inspect([&](engine::Engine& engine) { idle = engine.idle() && descriptors_->empty(); });
@@ -720,6 +715,17 @@ void Group::check_results(double timeout_s) {
                      static_cast<std::int64_t>(call->epoch()), -1, text.str()});
     }
   }
+}
+
+// Replays begin calls in the background.
+std::uint64_t Group::calls_begun() const {
+  std::lock_guard lock(calls_mutex_);
+  return state_.call;
+}
+
+std::int64_t Group::next_epoch(Phase phase) const {
+  std::lock_guard lock(calls_mutex_);
+  return static_cast<std::int64_t>(state_.epoch[static_cast<int>(phase)]);
 }
 
 // Calls before the first that still moves.
@@ -757,7 +763,7 @@ void Group::close(bool collective, double timeout_s, const std::string& reason) 
       if (!broken()) {
         // Who waits for the others goes on serving the calls that it entered; who does not vouches for those that
         // ended.
-        liveness_->goodbye(collective ? state_.call : calls_done(), reason);
+        liveness_->goodbye(collective ? calls_begun() : calls_done(), reason);
         if (collective) close_together(timeout_s);
         // Then this rank knows best why it closed.
         Status heard = liveness_->failure();

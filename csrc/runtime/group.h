@@ -178,9 +178,11 @@ class Group {
   void record(const common::Status& status);
   void check_open(std::optional<proto::Phase> entering = std::nullopt);
   bool peer_left(std::uint32_t rank, bool wait) const;
-  common::Status departure(proto::Phase phase, std::int64_t epoch) const;
+  common::Status departure(proto::Phase phase, std::int64_t epoch, std::uint64_t calls_begun) const;
   void drain(double most_s);
   void check_results(double timeout_s);
+  std::uint64_t calls_begun() const;
+  std::int64_t next_epoch(proto::Phase phase) const;
   std::uint64_t calls_done();
   bool left_behind();
   void close_together(double timeout_s);
@@ -199,8 +201,6 @@ class Group {
   template <typename Call, typename Until>
   void run(Call& call, proto::Phase phase, const Until& until);
   void run_in_turn(const StartedCall& call, const std::function<bool()>& until);
-  void run_beside(proto::Phase phase, std::uint64_t epoch, const kernels::Waiting& waiting,
-                  const std::function<bool()>& until);
   bool step_background();
   void stand_in(bool caller_waits);
   void drop_started();
@@ -269,7 +269,7 @@ class Group {
   // Counters, kernels and descriptors belong to whoever holds the mutex: the caller or the background.
   mutable std::mutex calls_mutex_;
   std::deque<std::shared_ptr<StartedCall>> moving_[proto::kNumPhases];  // not done; the first of a phase is stepped
-  bool caller_waits_ = false, in_background_ = false;
+  bool caller_waits_ = false, in_background_ = false, driver_entered_ = false;
   std::map<std::uint64_t, std::shared_ptr<StartedCall>> pending_;  // not finished; the caller's alone
   std::uint64_t next_ticket_ = 0;
   PhaseStats phase_stats_[proto::kNumPhases];

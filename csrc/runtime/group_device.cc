@@ -171,7 +171,7 @@ void Group::watch_device_calls() {
     auto epoch = static_cast<std::int64_t>(calls.front()->epoch());
     if (liveness_->failed()) return record(peer_failure(calls.front()->phase(), epoch, {}));
     if (!liveness_->any_goodbye()) continue;
-    if (common::Status left = departure(calls.front()->phase(), epoch); !left.ok()) return record(left);
+    if (common::Status left = departure(calls.front()->phase(), epoch, state_.call); !left.ok()) return record(left);
   }
   check_replays();
 }

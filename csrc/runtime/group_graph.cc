@@ -4,6 +4,7 @@
 
 #include "common/check.h"
 #include "kernels/device/plan_memory.h"
+#include "runtime/backoff.h"
 #include "runtime/device_started.h"
 #include "runtime/group.h"
 
@@ -15,6 +16,9 @@ using kernels::device::Recording;
 using proto::Phase;
 
 namespace {
+
+constexpr long kLookPauseUs = 20;     // between two looks at a stream
+constexpr double kHostPatienceS = 3;  // who waits for a replay lets others say first why
 
 // A mark that is released, whatever happens.
 class ScopedMark {
@@ -117,19 +121,24 @@ bool Group::replays_run() const {
   return false;
 }
 
-// Before a call that is no replay: those that the stream has before it come first.
+// Before a call that is no replay: those that the stream has before it come first. The background goes on meanwhile: to
+// ask for a mark may take as long as a kernel runs that waits at a gate.
 void Group::catch_up(void* stream) {
   if (recorded_.empty() || failed_.load() || closed_) return;
   ScopedMark mark(*device_, stream);
-  std::uint64_t epoch;
-  {
+  auto caught_up = [&] {
+    if (!mark.reached()) return false;
     std::lock_guard lock(calls_mutex_);
-    epoch = state_.epoch[0];
+    return !replays_run();
+  };
+  for (double begin = monotonic_s(); !caught_up(); sleep_us(kLookPauseUs)) {
+    if (failed_.load() || liveness_->failed()) check_open(Phase::kDispatch);
+    if (interrupt_check_) interrupt_check_();
+    if (monotonic_s() - begin <= config_.timeout_s + kHostPatienceS) continue;
+    fail({StatusCode::kPeerTimeout, -1, -1, -1, -1,
+          "the stream of rank " + std::to_string(config_.topology.rank) + " did not come to its call within " +
+              std::to_string(config_.timeout_s) + " s"});
   }
-  run_beside(Phase::kDispatch, epoch, {-1, -1, "for its own stream to reach the call"}, [&] {
-    std::lock_guard lock(calls_mutex_);
-    return mark.reached() && !replays_run();
-  });
 }
 
 // With calls_mutex_ held: the first replay that waits for too long, for whom the host knows better than its gate.
