@@ -116,7 +116,6 @@ class NativeGroup:
         self._unplaced: dict[int, _Unplaced] = {}  # by ticket: dispatches on a device that were started
         self._placed: dict[int, _Rows] = {}  # and those that wait for nothing of this rank's
         self._has_recorded = False  # calls in graphs, which may be replayed whenever their owners like
-        self._kept_for_graphs: list[tuple[Tensor | None, ...]] = []  # see _record
         self._ending = False  # no new calls: the process waits for the lock
 
     @nvtx.annotated("dispatch")
@@ -297,7 +296,7 @@ class NativeGroup:
             recorded = record()
             self._has_recorded = True
             if self.device.type == "cpu":
-                self._kept_for_graphs.append(memory)
+                _kept_for_graphs.append(memory)
             return recorded
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -725,6 +724,9 @@ class NativeGroup:
             except TransportError:
                 self.usable = False
                 raise
+
+
+_kept_for_graphs: list[tuple[Tensor | None, ...]] = []  # see NativeGroup._record
 
 
 def _dtype_of_rows(x: Tensor, fp8_output: bool) -> torch.dtype:

@@ -23,6 +23,7 @@ struct PlanArgs {
   proto::RowEntry* entries;      // [num_tokens * top_k]
   std::uint32_t* expert_counts;  // [num_experts]
   std::uint32_t* columns;        // [plan_warps * plan_columns]: for the kernel's own use
+  bool recorded;                 // in a graph: nothing happens behind a fault, as where its gate was not passed
   Watch watch;                   // an id outside [-1, num_experts) is a fault, and taken for -1
 };
 

@@ -88,6 +88,11 @@ MOE_EFA_DEVICE void plan_tokens(Block& block, const PlanArgs& args, std::uint32_
 // `words`: plan_shared_words(config, warps of the block).
 template <class Block>
 MOE_EFA_DEVICE void plan_body(Block& block, const PlanArgs& args, Tickets& shared, std::uint32_t* words) {
+  if (args.recorded) {
+    if (block.thread() == 0) shared.go = !faulted(block, args.watch);
+    block.sync();
+    if (shared.go == 0) return;
+  }
   std::uint32_t nodes = args.config.num_nodes, columns = plan_columns(args.config);
   std::uint32_t num_experts = columns - 2 * nodes, warps = num_warps(block);
   std::uint32_t all_warps = block.num_blocks() * warps, first_warp = block.block() * warps;

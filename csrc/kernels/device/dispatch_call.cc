@@ -319,6 +319,7 @@ void record_dispatch(State& state, const Recording& recording, const DispatchArg
   recording.queue(enter);
   if (fresh) {
     cuda::PlanArgs plan = plan_args(state, args, options, num_nics);
+    plan.recorded = true;
     device.launch(plan, recording.stream());
     Sizes found(state, plan);
     cuda::GateArgs sizes = recording.gate(Recording::kSizes, false);
