@@ -229,12 +229,13 @@ class IntraNode:
             ValueError: for arguments that do not fit, before anything is sent.
         """
         self._check_handle(handle)
-        check_tensor("y", y, shape=(handle.rows, self.hidden_size), dtypes=FLOATS)
+        check_tensor("y", y, shape=("rows", self.hidden_size), dtypes=FLOATS)
         return ops.combine(
             y,
             handle.weights if weighted else None,
             handle.plan,
             expert_alignment=handle.expert_alignment,
+            num_rows=handle.rows,
             options=self._options,
         )
 

@@ -89,9 +89,11 @@ def replay(x: Tensor, plan: Plan, *, expert_alignment: int, num_rows: int, optio
     return _replay_op(x, list(plan), expert_alignment, num_rows, *options)
 
 
-def combine(y: Tensor, weights: Tensor | None, plan: Plan, *, expert_alignment: int, options: Options) -> Tensor:
-    """y [rows, H], weights [rows] fp32 or None -> out [T, H] in y's dtype."""
-    return _combine_op(y, weights, list(plan), expert_alignment, *options)
+def combine(
+    y: Tensor, weights: Tensor | None, plan: Plan, *, expert_alignment: int, num_rows: int, options: Options
+) -> Tensor:
+    """y [num_rows, H], weights [num_rows] fp32 or None -> out [T, H] in y's dtype."""
+    return _combine_op(y, weights, list(plan), expert_alignment, num_rows, *options)
 
 
 def place_in(group: str) -> tuple[int, int]:
@@ -311,17 +313,23 @@ _replay_op.register_autograd(_replay_grads, setup_context=_keep_replay)
 # Combine
 
 
-@operator("combine", f"(Tensor y, Tensor? weights, Tensor[] plan, int expert_alignment, {_OPTIONS}) -> Tensor")
+@operator(
+    "combine",
+    f"(Tensor y, Tensor? weights, Tensor[] plan, int expert_alignment, SymInt num_rows, {_OPTIONS}) -> Tensor",
+)
 def _combine_op(
     y: Tensor,
     weights: Tensor | None,
     plan: list[Tensor],
     expert_alignment: int,
+    num_rows: int,
     group: str,
     wire_dtype: str,
     combine_dtype: str,
     fp8_scale: str,
 ) -> Tensor:
+    if len(y) != num_rows:  # a compiler may not know it
+        raise ValueError(f"y has {len(y)} rows, but the handle's dispatch gave {num_rows}")
     return _gather(y, weights, Plan(*plan), group, combine_dtype)[0]
 
 
@@ -367,9 +375,8 @@ def _(
 
 
 def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, weights, plan, ctx.expert_alignment, ctx.group, wire_dtype, _, _ = inputs
+    y, weights, plan, ctx.expert_alignment, ctx.num_rows, ctx.group, wire_dtype, _, _ = inputs
     ctx.wire_dtype = "auto" if wire_dtype == "fp8" else wire_dtype  # gradients are not rounded to FP8
-    ctx.num_rows = y.shape[0]
     ctx.save_for_backward(None if weights is None else y, weights, *plan)
 
 
@@ -379,7 +386,7 @@ def _combine_grads(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         grad_out.contiguous(), y, weights, plan, ctx.expert_alignment, ctx.num_rows, ctx.group, ctx.wire_dtype
     )
     grads = grad_y, grad_weights if ctx.needs_input_grad[1] else None
-    return *grads, [None] * len(plan), *(None,) * 5
+    return *grads, [None] * len(plan), *(None,) * 6
 
 
 _combine_op.register_autograd(_combine_grads, setup_context=_keep_combine)
