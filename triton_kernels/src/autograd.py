@@ -14,10 +14,12 @@ There are no second derivatives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from moe_efa.routing import Routing
 
@@ -32,7 +34,8 @@ from .reference import RowPlan
 
 def plan_rows(topk_idx: Tensor, *, num_experts: int, expert_alignment: int = 1) -> RowPlan:
     """:func:`moe_efa.triton_kernels.plan_rows.plan_rows`, which a compiler may see here."""
-    return RowPlan(*_plan_rows_op(topk_idx, num_experts, expert_alignment), expert_alignment)
+    tokens_per_expert, offsets, positions = _plan_rows_op(topk_idx, num_experts, expert_alignment)
+    return RowPlan(tokens_per_expert, offsets, positions, expert_alignment)
 
 
 def permute(x: Tensor, topk_weights: Tensor, plan: RowPlan, *, num_rows: int | None = None) -> tuple[Tensor, Tensor]:
@@ -83,8 +86,8 @@ def router_topk(
     return Routing(chosen, topk_weights, scores)
 
 
-def operator(name: str, schema: str) -> Any:
-    """A decorator: the function becomes an operator of torch, which compilers do not look into."""
+def operator(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """The function becomes an operator of torch, which compilers do not look into."""
     # Schemas are written out, since older torch cannot read them from annotations that are strings.
     return torch.library.custom_op(f"moe_efa_triton::{name}", mutates_args=(), schema=schema)
 

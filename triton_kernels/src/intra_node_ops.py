@@ -80,8 +80,10 @@ def dispatch(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, num_experts: int, expert_alignment: int, options: Options
 ) -> Dispatched:
     """x [T, H], topk_idx [T, K] int64, topk_weights [T, K] fp32 -> the rows of this rank's experts, and a plan."""
-    results = _dispatch_op(x, topk_idx, topk_weights, num_experts, expert_alignment, *options)
-    return Dispatched(*results[:3], Plan(*results[3:]))
+    rows, weights, tokens_per_expert, *plan = _dispatch_op(
+        x, topk_idx, topk_weights, num_experts, expert_alignment, *options
+    )
+    return Dispatched(rows, weights, tokens_per_expert, Plan(*plan))
 
 
 def replay(x: Tensor, plan: Plan, *, expert_alignment: int, num_rows: int, options: Options) -> Tensor:
@@ -96,12 +98,16 @@ def combine(
     return _combine_op(y, weights, list(plan), expert_alignment, num_rows, *options)
 
 
-def place_in(group: str) -> tuple[int, int]:
+def _place_in(group: str) -> tuple[int, int]:
     """(rank, number of ranks); "" is a group of one."""
     if not group:
         return 0, 1
-    found = _resolve_process_group(group)
+    found = _find(group)
     return found.rank(), found.size()
+
+
+def _find(group: str) -> dist.ProcessGroup:
+    return _resolve_process_group(group)  # type: ignore[arg-type, unused-ignore]  # older torch: str
 
 
 # What moves
@@ -114,7 +120,7 @@ def _exchange(rows: Tensor, splits: list[list[int]], group: str) -> Tensor:
     to_ranks, from_ranks = splits
     received = rows.new_empty(sum(from_ranks), *rows.shape[1:])
     as_bytes = (received.view(torch.uint8), rows.view(torch.uint8))  # not every backend knows bf16, none FP8
-    dist.all_to_all_single(*as_bytes, from_ranks, to_ranks, group=_resolve_process_group(group))
+    dist.all_to_all_single(*as_bytes, from_ranks, to_ranks, group=_find(group))
     return received
 
 
@@ -139,7 +145,7 @@ def _gather(
     splits = plan.splits.flip(0).tolist()
     published, values = unpermute(
         y,
-        plan.received(1),
+        plan.received(1),  # whatever the alignment is: padding is not read
         weights=weights,
         row_values=row_values,
         dtype=DTYPES.get(combine_dtype, y.dtype),
@@ -174,7 +180,7 @@ def _dispatch_op(
     combine_dtype: str,
     fp8_scale: str,
 ) -> list[Tensor]:
-    rank, num_ranks = place_in(group)
+    rank, num_ranks = _place_in(group)
     num_local_experts = num_experts // num_ranks
     # Of this rank's tokens. It also refuses bad ids, before anything is sent.
     of_all_experts = plan_rows(topk_idx, num_experts=num_experts, expert_alignment=expert_alignment)
@@ -217,7 +223,7 @@ def _dispatch_op(
 def _(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int, expert_alignment: int, group: str, *_: str
 ) -> list[Tensor]:
-    num_ranks = place_in(group)[1]
+    num_ranks = _place_in(group)[1]
     num_local_experts = num_experts // num_ranks
     context = torch.library.get_ctx()
     num_rows, num_received = context.new_dynamic_size(), context.new_dynamic_size()
