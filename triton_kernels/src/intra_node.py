@@ -64,8 +64,8 @@ class IntraNode:
 
     The calls are those of :class:`moe_efa.ExpertParallel`, of which this is a part: no waves, halves, static sizes or
     FP8 results, no bound on waiting but the group's own. A row travels once for each (token, rank); a dispatch is three
-    exchanges and waits for the device once, to learn how many rows come; replays, combines and backward passes wait for
-    nothing. Nothing here needs the ranks to be on one host.
+    exchanges (counts, routing, rows; in FP8 a fourth of scales) and waits for the device once, to learn how many rows
+    come; replays, combines and backward passes wait for nothing. Nothing here needs the ranks to be on one host.
 
     All ranks issue the same calls in the same order, with tensors of the same dtypes; the number of tokens may differ
     and be zero. Whether x and topk_weights require gradients is the same on all ranks, and every rank's results reach
