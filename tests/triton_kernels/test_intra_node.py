@@ -23,7 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from moe_efa import ConfigError, ExpertParallel, ExpertParallelConfig, reference
 from moe_efa.testing import RankError, assert_bitwise, spawn
 from moe_efa.testing.routing import PATTERNS, uneven_token_counts
-from moe_efa.triton_kernels import intra_node
+from moe_efa.triton_kernels import intra_node, intra_node_ops
 from moe_efa.triton_kernels.intra_node import IntraNode
 
 DTYPES = reference.DTYPES
@@ -404,6 +404,30 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_rank_without_tokens_drops_no_call(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks would wait for it. Inductor knows that results of size 0 need no computation."""
+    node = IntraNode(None, **Case(1).sizes)
+    exchange, made = intra_node_ops._exchange, []
+
+    def counted(rows: torch.Tensor, splits: list[list[int]], group: str) -> torch.Tensor:
+        made.append(len(rows))
+        return exchange(rows, splits, group)
+
+    monkeypatch.setattr(intra_node_ops, "_exchange", counted)
+
+    def step(x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        node.dispatch(x, topk_idx, topk_weights)  # nobody wants it
+        d = node.dispatch(x * 2, topk_idx, topk_weights * 2)
+        return node.combine(torch.relu(d.x), d.handle) * 2
+
+    x, topk_idx, topk_weights, _, _ = (t.to(device) for t in Case(1, dtype="fp32", tokens=0).inputs(0))
+    with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        out = torch.compile(step, fullgraph=True)(x.requires_grad_(), topk_idx, topk_weights.requires_grad_())
+        out.sum().backward()
+    assert len(made) == 2 * 3 + 1 + 1 + 2  # dispatches, combine, and backward of combine and of the second dispatch
 
 
 OPERATORS = ("dispatch", "dispatch_backward", "dispatch_backward-of-tokens", "replay", "combine", "combine-plain")

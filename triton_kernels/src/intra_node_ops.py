@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .autograd import operator
@@ -396,3 +397,9 @@ def _combine_grads(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 
 
 _combine_op.register_autograd(_combine_grads, setup_context=_keep_combine)
+
+
+# Ordered: a graph keeps all of them, in order, also on a rank without tokens, for whose results nobody has a use there.
+for _op in (_dispatch_op, _dispatch_backward_op, _replay_op, _combine_op, _combine_backward_op):
+    _register_effectful_op(_op._opoverload, _EffectType.ORDERED)
+    torch.fx.node.has_side_effect(_op._opoverload)
