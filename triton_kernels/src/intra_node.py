@@ -1,7 +1,8 @@
 """Dispatch and combine between the ranks of one node, without the native extension: Triton around torch's exchange.
 
 It knows nothing of how rows travel: ``torch.distributed.all_to_all_single`` of the user's group moves them, over NVLink
-where that is NCCL. Results and gradients have the bits of ``ExpertParallel`` whose one node is the group.
+where that is NCCL. Results and gradients have the bits of ``ExpertParallel`` whose one node is the group, but for
+gradients of weights, which are within the bound of :mod:`.unpermute_backward`.
 """
 
 from __future__ import annotations
