@@ -58,6 +58,7 @@ def spawn(
     timeout: float = 120.0,
     may_die: Collection[int] = (),
     environment: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> list[Any]:
     """Call ``fn(rank, group, *args)`` on ``num_ranks`` processes and return their results in rank order.
 
@@ -68,12 +69,13 @@ def spawn(
         timeout: seconds for everything; then every rank's stacks are shown and the processes are killed.
         may_die: ranks whose process may end without a result, which is then None.
         environment: variables that the ranks get; they have those of the server otherwise, not the caller's.
+        fresh: start processes anew, with the environment as it is now, which takes each of them seconds of imports.
 
     Raises:
         RankError: for the first failure in time, with the rank and its traceback.
         TimeoutError: with the stacks of the ranks that had not finished.
     """
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     # Only torch: the server's sys.path begins with the working directory, a rank's is that of the caller.
     context.set_forkserver_preload(["torch", "torch.distributed"])
     deadline = time.monotonic() + timeout

@@ -142,6 +142,16 @@ def test_spawn_returns_results_in_rank_order():
     assert all(not is_alive(result["pid"]) for result in results)
 
 
+def variable_of_rank(rank, group):
+    return os.environ.get("MOE_EFA_TEST_VARIABLE")
+
+
+def test_fresh_ranks_have_the_environment_of_the_call(monkeypatch):
+    spawn(variable_of_rank, 1)  # the server of the others runs
+    monkeypatch.setenv("MOE_EFA_TEST_VARIABLE", "set")
+    assert spawn(variable_of_rank, 2, fresh=True) == ["set", "set"]
+
+
 class TwoArgumentError(Exception):
     """Cannot be unpickled: its constructor wants two arguments, pickling keeps one."""
 

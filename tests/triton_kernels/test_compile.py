@@ -176,16 +176,17 @@ def row_variants() -> dict[str, Variant]:
                 },
                 **asserting,
             )
-        for weighted in (True, False)[: 2 if dtype == "bf16" else 1]:
+        for kind, out_dtype in [("weighted", dtype)] + [("plain", out) for out in FLOATS if dtype == "bf16"]:
             optional = ["weights_ptr", "row_values_ptr", "topk_values_ptr"]
-            variants[f"unpermute-{dtype}-{'weighted' if weighted else 'plain'}"] = variant(
+            weighted = kind == "weighted"
+            variants[f"unpermute-{dtype}-{kind}{'' if out_dtype == dtype else f'-to-{out_dtype}'}"] = variant(
                 "unpermute:unpermute_kernel",
                 unpermute.num_warps(unpermute_block),
                 {
                     "y_ptr": f"*{dtype}",
                     "positions_ptr": "*i32",
                     "offsets_ptr": "*i32",
-                    "out_ptr": f"*{dtype}",
+                    "out_ptr": f"*{out_dtype}",
                     "num_rows": "i32",
                     **(dict.fromkeys(optional, "*fp32") if weighted else {}),
                 },

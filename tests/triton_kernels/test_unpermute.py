@@ -49,6 +49,10 @@ def test_equals_reference_and_oracle(case: str, dtype: torch.dtype, device: torc
             assert_bitwise(values, expected_values, "values")
         of_oracle = combine([y], oracle, weights=None if row_weights is None else [row_weights], node_size=1)
         assert_bitwise(out.cpu(), of_oracle[0], "combine")
+        for other in (torch.float32, torch.bfloat16):
+            out, _ = unpermute(y.to(device), plan, weights=on_device, dtype=other)
+            expected, _ = reference.unpermute(y.to(device), plan, weights=on_device, dtype=other)
+            assert_bitwise(out, expected, f"as {other}")
 
 
 @DTYPES
@@ -80,6 +84,7 @@ def test_bad_arguments_are_refused() -> None:
         (torch.zeros(4, 8).half(), {}, "bfloat16 or float32"),
         (torch.zeros(3, 8), {}, "there are 3 rows, the plan has 4"),
         (torch.zeros(4, 8), {"weights": torch.zeros(3)}, r"weights must be \[4\]"),
+        (torch.zeros(4, 8), {"dtype": torch.float16}, "dtype must be bfloat16 or float32"),
         (torch.zeros(4, 8), {"row_values": torch.zeros(4, 1)}, r"row_values must be \[4\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -19,19 +19,22 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     """Shape (a word stands for any size, 0 only if it is the first), dtype and layout."""
-    words = ", ".join(map(str, shape))
     if x.dim() != len(shape) or any(
         isinstance(want, int) and size != want for size, want in zip(x.shape, shape, strict=False)
     ):
-        raise ValueError(f"{name} must be [{words}], got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {_words(shape)}, got shape {tuple(x.shape)}")
     for size, want in zip(x.shape[1:], shape[1:], strict=True):
         if size == 0:
-            raise ValueError(f"{name} must be [{words}] with {want} > 0, got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must be {_words(shape)} with {want} > 0, got shape {tuple(x.shape)}")
     if x.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {allowed}, got {x.dtype}")
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def _words(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def check_devices(kernel: Any, *tensors: Tensor | None, capability: tuple[int, int] | None = None) -> None:

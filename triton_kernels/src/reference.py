@@ -132,17 +132,22 @@ def permute_quantize(
 
 
 def unpermute(
-    y: Tensor, plan: RowPlan, *, weights: Tensor | None = None, row_values: Tensor | None = None
+    y: Tensor,
+    plan: RowPlan,
+    *,
+    weights: Tensor | None = None,
+    row_values: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Twin of :func:`moe_efa.triton_kernels.unpermute.unpermute`."""
-    out = torch.zeros(len(plan.positions), y.shape[1], dtype=y.dtype, device=y.device)
+    out = torch.zeros(len(plan.positions), y.shape[1], dtype=dtype or y.dtype, device=y.device)
     for token_idx, positions in enumerate(plan.positions.tolist()):
         total = None
         for row in sorted(position for position in positions if position >= 0):  # by (expert, k)
             term = y[row].float() if weights is None else weights[row] * y[row].float()
             total = term if total is None else total + term
         if total is not None:
-            out[token_idx] = _one_nan(total, y.dtype)
+            out[token_idx] = _one_nan(total, out.dtype)
     if row_values is None:
         return out, None
     values = torch.zeros(plan.positions.shape, device=y.device)

@@ -48,7 +48,12 @@ def store_row_weights(  # type: ignore[no-untyped-def]
 def padding_programs(plan: RowPlan, num_rows: int | None) -> tuple[int, int]:
     """How many programs fill padding, and how many of these the tail behind the last expert."""
     if num_rows is not None:
-        return len(plan.tokens_per_expert) + TAIL_PROGRAMS, TAIL_PROGRAMS
+        tail_programs = TAIL_PROGRAMS
+        if (
+            plan.offsets.device.type == "cpu"
+        ):  # where it can be seen: the interpreter takes long for programs without rows
+            tail_programs = min(tail_programs, max(0, num_rows - int(plan.offsets[-1])))
+        return len(plan.tokens_per_expert) + tail_programs, tail_programs
     return len(plan.tokens_per_expert) if plan.expert_alignment > 1 else 0, 0
 
 

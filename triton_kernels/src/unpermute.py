@@ -64,12 +64,17 @@ def num_warps(block: int) -> int:
 
 
 def unpermute(
-    y: Tensor, plan: RowPlan, *, weights: Tensor | None = None, row_values: Tensor | None = None
+    y: Tensor,
+    plan: RowPlan,
+    *,
+    weights: Tensor | None = None,
+    row_values: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``out[t]`` = sum over k of ``weights[row(t, k)] * y[row(t, k)]``; :mod:`.autograd` has it with gradients.
 
-    The terms are added in (expert, k) order; products and sums are rounded to fp32 one by one, the result once to y's
-    dtype: the bits of ``ExpertParallel.combine`` on one rank, and of ``reference.unpermute``.
+    The terms are added in (expert, k) order; products and sums are rounded to fp32 one by one, the result once to
+    ``dtype``: the bits of ``ExpertParallel.combine`` on one rank, and of ``reference.unpermute``.
 
     Args:
         y: ``[num_rows, hidden_size]`` bf16 or fp32, contiguous, on a CUDA device (on the CPU only under
@@ -77,9 +82,10 @@ def unpermute(
         plan: from :func:`~moe_efa.triton_kernels.plan_rows.plan_rows`.
         weights: ``[num_rows]`` fp32, as ``permute`` gives them; None is the plain sum.
         row_values: ``[num_rows]`` fp32, numbers of rows to be moved to their (token, k).
+        dtype: bf16 or fp32; None is y's.
 
     Returns:
-        ``out`` ``[num_tokens, hidden_size]`` in y's dtype, zeros for a token that selected nothing; and ``row_values``
+        ``out`` ``[num_tokens, hidden_size]`` in ``dtype``, zeros for a token that selected nothing; and ``row_values``
         as ``[num_tokens, top_k]``, 0 for -1 selections (None without).
 
     Raises:
@@ -101,10 +107,13 @@ def unpermute(
     check_plan(plan, num_tokens)
     check_row_floats("weights", weights, (num_rows,))
     check_row_floats("row_values", row_values, (num_rows,))
+    dtype = y.dtype if dtype is None else dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
     check_devices(unpermute_kernel, y, weights, row_values, plan.positions, plan.offsets)
     check_rows_of_plan(plan, num_rows)
 
-    out = torch.empty(num_tokens, hidden_size, dtype=y.dtype, device=y.device)
+    out = torch.empty(num_tokens, hidden_size, dtype=dtype, device=y.device)
     values = None if row_values is None else torch.empty(num_tokens, top_k, dtype=torch.float32, device=y.device)
     block, blocks, _ = column_blocks(hidden_size, MAX_BLOCK)
     if num_tokens == 0:
