@@ -30,6 +30,17 @@ class StandIn : public kernels::Device {
     fail();
   }
   void launch(const kernels::cuda::CombineArgs&, const kernels::cuda::CombineBlocks&, Stream) override { fail(); }
+  void launch(const kernels::cuda::GateArgs&, Stream) override { fail(); }
+  void launch(const kernels::cuda::PackArgs*, const kernels::cuda::Watch&, std::uint32_t, Stream) override { fail(); }
+  void launch(const kernels::cuda::RecordedPull*, const kernels::cuda::Watch&, std::uint32_t, std::uint32_t,
+              Stream) override {
+    fail();
+  }
+  void launch(const kernels::cuda::CombineArgs*, const kernels::cuda::Watch&, const kernels::cuda::CombineBlocks&,
+              Stream) override {
+    fail();
+  }
+  bool capturing(Stream) override { fail(); }
   Mark mark(Stream) override { fail(); }
   bool reached(Mark) override { fail(); }
   void wait_for(Stream, Mark) override { fail(); }
