@@ -108,15 +108,6 @@ class CombineArgs:
         alone: bool = True,
     ) -> None: ...
 
-class DispatchSizes:
-    """What a dispatch on a device needs to go on."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def plan_bytes(self) -> int:
-        """Of device memory that has to live as long as the plan."""
-
 class DispatchBuffers:
     """What a started dispatch gave, in memory of its own."""
 
@@ -145,12 +136,11 @@ class Group:
         """On a device: where the kernels of dispatches go that are not alone."""
     def device_send_bytes(self, num_tokens: int) -> int:
         """Of device memory for a fresh dispatch, which has to live as long as the plan."""
-    def dispatch_sizes(self, ticket: int) -> DispatchSizes:
-        """On a device: wait for the counts."""
-    def dispatch_place(
-        self, ticket: int, out_ptr: int, weights_ptr: int, scales_ptr: int = 0, plan_memory_ptr: int = 0
-    ) -> None:
-        """On a device: where the rows go."""
+    def set_allocate(self, allocate: Callable[[int, Plan, int], tuple[int, int, int, int]]) -> None:
+        """On a device: ``allocate(ticket, plan, plan_bytes)`` gives the addresses of memory for the rows of a dispatch,
+        their weights, their scales and the plan, 0 for what it does not have. Called once per dispatch, when its sizes
+        are known, by any thread, also while another one waits in a call here.
+        """
     def dispatch_start(self, args: DispatchArgs, pool: HostPool | None) -> int:
         """A ticket for finish(). What the arguments point to stays until then."""
     def combine_start(self, args: CombineArgs) -> int: ...
@@ -177,6 +167,9 @@ class HostPool:
     def trim(self, max_idle_bytes: int) -> None: ...
     @property
     def idle_bytes(self) -> int: ...
+
+def refuse_callbacks(timeout_s: float) -> None:
+    """At the end of the process: no thread of ours enters the interpreter any more. Waits for one that is in it."""
 
 def device_facts(library: str, index: int) -> dict[str, Any]: ...
 def build_info(libfabric: str = "", libfabric_hints: list[str] = ...) -> dict[str, Any]: ...

@@ -393,6 +393,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
     while (!until()) {
       backoff.before_look();
       bool moved = step_call(call, phase);
+      moved |= place_dispatch();
       if (driver_) moved |= driver_->try_step();
       if (moved) {
         backoff.reset();
@@ -561,6 +562,7 @@ std::uint64_t Group::combine_start(const CombineRequest& request) {
 
 std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
   call->number = state_.call - 1;
+  call->ticket = next_ticket_;
   moving_[static_cast<int>(call->phase())].push_back(call);
   pending_.emplace(next_ticket_, std::move(call));
   settle_background();
@@ -623,10 +625,13 @@ bool Group::step_started() {
 bool Group::step_background() {
   bool moved = false;
   try {
-    std::lock_guard lock(calls_mutex_);
-    if (!in_background_) return false;
-    watch_device_calls();
-    if (!failed_.load() && !liveness_->failed()) moved = step_started();
+    {
+      std::lock_guard lock(calls_mutex_);
+      if (!in_background_) return false;
+      watch_device_calls();
+      if (!failed_.load() && !liveness_->failed()) moved = step_started();
+    }
+    moved |= place_dispatch();
   } catch (const StatusError& error) {
     record(error.status());
   } catch (const std::exception& error) {

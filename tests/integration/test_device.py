@@ -21,8 +21,11 @@ from torch import Tensor
 
 import moe_efa
 from moe_efa import device as device_of
+from moe_efa import native_group
 from moe_efa.errors import TransportError
+from moe_efa.handle import PendingDispatch
 from moe_efa.testing import device_rounds
+from moe_efa.testing.compare import assert_bitwise
 from moe_efa.testing.device_rounds import CASES, Case
 from moe_efa.testing.spawn import spawn
 
@@ -151,6 +154,101 @@ def issue_different_calls(rank: int, group: dist.ProcessGroup, case: Case, devic
 def test_different_calls_are_an_error_on_all_ranks(ranks: Ranks) -> None:
     texts = ranks.spawn(issue_different_calls, 2, CASES[1], DEVICE)
     assert all("different calls" in text for text in texts)
+
+
+# What others need of a rank takes more than the slots that its first launch fills.
+MANY_CHUNKS = Case(4, 2, "shm", num_tokens=40, chunk_rows=3, slots=2)
+ROWS = {"fresh": "weighted rows", "capacity": "capacity 4096 rows", "replay": "weighted rows"}  # of device_rounds.run
+
+
+def start(ep: moe_efa.ExpertParallel, case: Case, rank: int, kind: str) -> PendingDispatch:
+    inputs = case.inputs(rank, ep)
+    if kind == "replay":
+        handle = ep.dispatch(*inputs, expert_alignment=case.alignment).handle
+        return ep.dispatch_start(inputs[0], handle=handle)
+    capacity = 4096 if kind == "capacity" else None
+    return ep.dispatch_start(*inputs, expert_alignment=case.alignment, capacity=capacity)
+
+
+def finish_when_the_others_have(rank: int, group: dist.ProcessGroup, case: Case, device: str, kind: str) -> Tensor:
+    with case.open(group, device, timeout_s=20.0) as ep:
+        pending = start(ep, case, rank, kind)
+        if rank == 0:
+            dist.barrier(group)  # in no call of ours
+        rows = pending.finish().x.cpu()
+        if rank > 0:
+            dist.barrier(group)
+    return rows
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_started_dispatch_needs_no_later_call(kind: str, ranks: Ranks) -> None:
+    found = ranks.spawn(finish_when_the_others_have, 4, MANY_CHUNKS, DEVICE, kind)
+    for rank, rows in enumerate(found):
+        assert_bitwise(rows, on_cpu(MANY_CHUNKS)[rank][ROWS[kind]], f"rows of rank {rank}")
+
+
+def leave_unfinished(rank: int, group: dist.ProcessGroup, case: Case, device: str, how: str) -> Tensor | None:
+    ep = case.open(group, device, timeout_s=20.0)
+    pending = start(ep, case, rank, "fresh")
+    dist.barrier(group)  # all have entered it
+    if rank > 0:
+        rows = pending.finish().x.cpu()
+        with contextlib.suppress(TransportError):  # rank 0 may have left by an error
+            ep.close()
+        return rows
+    if how == "by an error":
+        with pytest.raises(ZeroDivisionError), ep:
+            raise ZeroDivisionError
+    else:
+        del pending
+        ep.close()
+    return None
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("how", ["by an error", "by close"])
+def test_who_leaves_a_started_dispatch_owes_nothing(how: str, ranks: Ranks) -> None:
+    found = ranks.spawn(leave_unfinished, 4, MANY_CHUNKS, DEVICE, how)
+    for rank in range(1, 4):
+        assert_bitwise(found[rank], on_cpu(MANY_CHUNKS)[rank][ROWS["fresh"]], f"rows of rank {rank}")
+
+
+def have_no_memory(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> tuple[str, Any, Any, Any]:
+    """Rank 0 finds none for its rows, and calls nothing until the others have heard of it."""
+
+    def no_results(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("as the test wants")
+
+    ep = case.open(group, device, timeout_s=20.0)
+    inputs = case.inputs(rank, ep)
+    ep.dispatch(*inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(native_group.NativeGroup, "_results", no_results)
+        pending = ep.dispatch_start(*inputs)
+        if rank == 0:
+            dist.barrier(group)
+            with pytest.raises(torch.OutOfMemoryError):
+                pending.finish()
+    with pytest.raises(TransportError) as error:
+        if rank > 0:
+            pending.finish()
+        ep.dispatch(*inputs)
+    if rank > 0:
+        dist.barrier(group)
+    with contextlib.suppress(TransportError):
+        ep.close()
+    return str(error.value), error.value.rank, error.value.phase, error.value.epoch
+
+
+@pytest.mark.waits
+def test_no_memory_for_a_started_dispatch_is_an_error_on_all_ranks(ranks: Ranks) -> None:
+    for text, rank, phase, epoch in ranks.spawn(have_no_memory, 4, MANY_CHUNKS, DEVICE):
+        assert "rank 0 could not finish a dispatch" in text
+        assert "OutOfMemoryError: as the test wants" in text
+        assert (rank, phase, epoch) == (0, "dispatch", 1)
 
 
 def train_a_layer(rank: int, group: dist.ProcessGroup, device: str) -> dict[str, Tensor]:
