@@ -248,8 +248,8 @@ void Group::record(const Status& status) {
     if (failure_.ok()) failure_ = status;  // the first error wins (I6)
     failed_.store(true);
   }
+  if (device_state_) device_state_->stop();  // before what may take a moment
   liveness_->abort(status);
-  if (device_state_) device_state_->stop();
 }
 
 void Group::check() const {
@@ -414,6 +414,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
         check_patience(phase, epoch, waiting_for(call, phase), now - last_moved, &warned);
       }
     }
+    if (device_ && failed_.load()) check_open();  // kernels that an error stopped look as if they were done
   } catch (const StatusError& error) {
     if (!failed_.load()) fail(error.status());
     throw;
@@ -809,10 +810,10 @@ GroupStats Group::stats() {
   bool settled = false;
   for (double begin = monotonic_s(); !settled && !failed_.load() && !closed_ && monotonic_s() - begin < 1;) {
     if (!driver_->try_step()) sched_yield();
-    driver_->inspect([&](engine::Engine& engine) { settled = !engine.has_pending_writes() && descriptors_->empty(); });
-    if (device_state_) {
-      settled = settled && device_state_->all_fed(Phase::kDispatch) && device_state_->all_fed(Phase::kCombine);
-    }
+    // Asked first: what is fed later would be neither here nor there.
+    bool fed = !device_state_ || (device_state_->all_fed(Phase::kDispatch) && device_state_->all_fed(Phase::kCombine));
+    driver_->inspect(
+        [&](engine::Engine& engine) { settled = fed && !engine.has_pending_writes() && descriptors_->empty(); });
   }
   driver_->inspect([&](engine::Engine& engine) {
     for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p].wire_bytes = engine.stats().wire_bytes[p];
