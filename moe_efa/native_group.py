@@ -384,9 +384,15 @@ class NativeGroup:
         own: Any = torch.cuda.ExternalStream
         return torch.cuda.current_stream(self.device) if alone else own(self._own_stream, device=self.device)
 
-    def _allocating_on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _allocating_on(self, stream: Any) -> Iterator[None]:
         """For memory that kernels on this stream write: not what another stream may still use."""
-        return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+        if stream is None:
+            yield
+            return
+        # A thread of ours begins on the first GPU, where torch.cuda.stream would leave it, with a context there.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            yield
 
     def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
         rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None
@@ -534,8 +540,8 @@ class NativeGroup:
             rows = host_memory.empty(num_rows, hidden_size, dtype=dtype)
             scales = None
             if dtype == torch.float8_e4m3fn:
-                scales = torch.empty(num_rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
-            return rows, scales, torch.empty(num_rows if with_weights else 0, dtype=torch.float32)
+                scales = torch.empty(num_rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32, device="cpu")
+            return rows, scales, torch.empty(num_rows if with_weights else 0, dtype=torch.float32, device="cpu")
 
         with self._call():
             results = None if capacity is None else memory(capacity)

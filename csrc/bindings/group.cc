@@ -122,8 +122,8 @@ void check_interrupt() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-// Lets threads of ours into the interpreter, until it ends: then whoever asks for the GIL never returns. Atomics, so that
-// a child of fork() cannot find a lock taken.
+// Lets threads of ours into the interpreter, until it ends: then whoever asks for the GIL never returns. Atomics, so
+// that a child of fork() cannot find a lock taken.
 class Door {
  public:
   bool enter() {
@@ -163,8 +163,7 @@ class Allocate {
     py::gil_scoped_acquire gil;
     try {
       using Addresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
-      auto [x, weights, scales, plan] =
-          (*allocate_)(ticket, sizes.plan, sizes.plan_bytes).cast<Addresses>();
+      auto [x, weights, scales, plan] = (*allocate_)(ticket, sizes.plan, sizes.plan_bytes).cast<Addresses>();
       return {{pointer<void>(x), pointer<float>(weights), pointer<float>(scales)}, pointer<void>(plan)};
     } catch (const py::error_already_set& error) {
       if (!error.matches(PyExc_Exception)) throw;  // an interrupt of the caller who waits

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -249,6 +250,96 @@ def test_no_memory_for_a_started_dispatch_is_an_error_on_all_ranks(ranks: Ranks)
         assert "rank 0 could not finish a dispatch" in text
         assert "OutOfMemoryError: as the test wants" in text
         assert (rank, phase, epoch) == (0, "dispatch", 1)
+
+
+# A real interpreter per rank, which ends as a user's does.
+ENDS = """
+import sys, threading, time
+import torch, torch.distributed as dist
+import moe_efa
+torch.set_num_threads(1)
+rank, store, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+ep = moe_efa.ExpertParallel(dist.group.WORLD, num_experts=8, hidden_size=64, top_k=2, max_tokens_per_rank=64,
+                            timeout_s=20, node_size=1, transport="shm", chunk_rows=2, slots=2, device=device)
+x, idx = torch.randn(32, 64, device=device), torch.randint(0, 8, (32, 2), device=device)
+weights = torch.rand(32, 2, device=device)
+ep.dispatch(x, idx, weights)
+print("key", ep._native.job_key, flush=True)
+dist.destroy_process_group()
+"""
+LEFT = "pending = [ep.dispatch_start(x, idx, weights) for _ in range(3)]\ntime.sleep(0.3 * rank)\n"
+GOES_ON = """
+def go_on():
+    try:
+        while True:
+            ep.dispatch_start(x, idx, weights).finish()
+    except (moe_efa.ClosedError, moe_efa.TransportError):
+        pass
+threading.Thread(target=go_on, daemon=True).start()
+time.sleep(0.2)
+"""
+# Rank 0 cannot close, as where another thread is in a call, and is taking its modules down when the sizes of its
+# dispatch become known: no thread may ask for the interpreter then.
+TORN_DOWN = """
+from pathlib import Path
+ends, told = Path(store + ".ends"), Path(store + ".told")
+def wait_for(path, exists=Path.exists, monotonic=time.monotonic, sleep=time.sleep):
+    end = monotonic() + 20
+    while not exists(path) and monotonic() < end:
+        sleep(0.01)
+class Last:
+    def __del__(self, ends=ends, told=told, wait_for=wait_for, touch=Path.touch):
+        touch(ends)
+        wait_for(told)
+if rank == 0:
+    pending = ep.dispatch_start(x, idx, weights)
+    ep._native._lock.acquire()
+    _last = Last()
+else:
+    wait_for(ends)
+    try:
+        ep.dispatch(x, idx, weights)
+        ep.dispatch(x, idx, weights)
+    except moe_efa.TransportError as error:
+        assert "rank 0 could not finish a dispatch: the process is ending" in str(error), error
+    else:
+        raise AssertionError("no error")
+    told.touch()
+"""
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize(
+    "body",
+    [LEFT, GOES_ON, TORN_DOWN],
+    ids=["with calls that nobody finishes", "while a thread calls", "while it is torn down"],
+)
+def test_a_process_ends_silently_and_soon(body: str, tmp_path: Path, device_library: Path | None) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDS + body)
+    env = {**os.environ, "PYTHONPATH": str(Path(moe_efa.__file__).resolve().parents[1])}
+    if device_library is not None:
+        env["MOE_EFA_DEVICE_LIBRARY"] = str(device_library)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store"), DEVICE],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, err) == (0, ""), err
+            assert not [name for name in os.listdir("/dev/shm") if out.split()[1] in name]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def train_a_layer(rank: int, group: dist.ProcessGroup, device: str) -> dict[str, Tensor]:
