@@ -294,11 +294,11 @@ class NativeGroup:
         if started.ticket is None:
             raise ValueError("this call is finished: finish() once")
         ticket, started.ticket = started.ticket, None
-        try:
-            with self._call():
+        with self._call():
+            try:
                 return self._finish(ticket)
-        finally:  # done, or given up by all threads
-            self._kept.pop(ticket, None)
+            finally:  # done, or given up by all threads
+                self._kept.pop(ticket, None)
 
     def _finish(self, ticket: int) -> _C.DispatchBuffers:
         """Wait for the call. On a GPU the stream that is current now goes on behind it, and has its memory."""
@@ -345,13 +345,13 @@ class NativeGroup:
         if started.ticket is None:
             raise ValueError("this call is finished: finish() once")
         ticket, started.ticket = started.ticket, None
-        try:
-            with self._call():
+        with self._call():
+            try:
                 self._finish(ticket)
                 return self._placed[ticket]
-        finally:
-            self._placed.pop(ticket, None)
-            self._kept.pop(ticket, None)
+            finally:
+                self._placed.pop(ticket, None)
+                self._kept.pop(ticket, None)
 
     def _allocate(self, ticket: int, plan: _C.Plan, plan_bytes: int) -> tuple[int, int, int, int]:
         """Memory for a dispatch on a device, as soon as it is known how much.

@@ -252,6 +252,23 @@ def test_no_memory_for_a_started_dispatch_is_an_error_on_all_ranks(ranks: Ranks)
         assert (rank, phase, epoch) == (0, "dispatch", 1)
 
 
+def finish_for_another(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> None:
+    """Whoever waits gives memory to what was started before, in whatever mode of torch that happens to be."""
+    with case.open(group, device) as ep:
+        x, idx, weights = case.inputs(rank, ep)
+        x.requires_grad_()
+        for _ in range(10):
+            pending = ep.dispatch_start(x, idx, weights)
+            with torch.inference_mode():
+                ep.dispatch(x, idx, weights)
+            rows = pending.finish().x
+            torch.autograd.backward((rows * rows).sum())
+
+
+def test_a_started_dispatch_keeps_its_graph_where_an_inference_waits_for_it(ranks: Ranks) -> None:
+    ranks.spawn(finish_for_another, 1, CASES[0], DEVICE)
+
+
 # A real interpreter per rank, which ends as a user's does.
 ENDS = """
 import sys, threading, time
