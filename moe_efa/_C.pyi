@@ -109,15 +109,6 @@ class CombineArgs:
         alone: bool = True,
     ) -> None: ...
 
-class DispatchSizes:
-    """What a dispatch on a device needs to go on."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def plan_bytes(self) -> int:
-        """Of device memory that has to live as long as the plan."""
-
 class DispatchBuffers:
     """What a started dispatch gave, in memory of its own."""
 
@@ -146,12 +137,11 @@ class Group:
         """On a device: where the kernels of dispatches go that are not alone."""
     def device_send_bytes(self, num_tokens: int) -> int:
         """Of device memory for a fresh dispatch, which has to live as long as the plan."""
-    def dispatch_sizes(self, ticket: int) -> DispatchSizes:
-        """On a device: wait for the counts."""
-    def dispatch_place(
-        self, ticket: int, out_ptr: int, weights_ptr: int, scales_ptr: int = 0, plan_memory_ptr: int = 0
-    ) -> None:
-        """On a device: where the rows go."""
+    def set_allocate(self, allocate: Callable[[int, Plan, int], tuple[int, int, int, int]]) -> None:
+        """On a device: ``allocate(ticket, plan, plan_bytes)`` gives the addresses of memory for the rows of a dispatch,
+        their weights, their scales and the plan, 0 for what it does not have. Called once per dispatch, when its sizes
+        are known, by any thread, also while another one waits in a call here.
+        """
     def dispatch_start(self, args: DispatchArgs, pool: HostPool | None) -> int:
         """A ticket for finish(). What the arguments point to stays until then."""
     def combine_start(self, args: CombineArgs) -> int: ...
@@ -159,6 +149,8 @@ class Group:
         """Wait for a started call; on a device ``stream`` goes on behind it. A combine gives no buffers."""
     def synchronize(self, stream: int = 0) -> None:
         """On a device: until what finished calls have queued, and graphs replay on the stream, is done."""
+    def catch_up(self, stream: int) -> None:
+        """Before a call that is no replay is started, where there are graphs: wait until the stream has come to it."""
     def capturing(self, stream: int) -> bool: ...
     def device_plan_bytes(self, capacity: int) -> int: ...
     def record_dispatch(
@@ -193,6 +185,9 @@ class HostPool:
     def trim(self, max_idle_bytes: int) -> None: ...
     @property
     def idle_bytes(self) -> int: ...
+
+def refuse_callbacks(timeout_s: float) -> None:
+    """At the end of the process: no thread of ours enters the interpreter any more. Waits for one that is in it."""
 
 def device_facts(library: str, index: int) -> dict[str, Any]: ...
 def build_info(libfabric: str = "", libfabric_hints: list[str] = ...) -> dict[str, Any]: ...

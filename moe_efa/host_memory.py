@@ -19,20 +19,20 @@ _pool: _C.HostPool | None = None
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor, like ``torch.empty(*shape, dtype=dtype)``."""
+    """An uninitialised CPU tensor, like ``torch.empty(*shape, dtype=dtype, device="cpu")``."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LEAST_BYTES:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype, device="cpu")
     return over(pool().take(nbytes), *shape, dtype=dtype)
 
 
 def over(buffer: _C.HostBuffer, *shape: int, dtype: torch.dtype) -> Tensor:
     """The tensor of this shape over memory that is its alone."""
     if math.prod(shape) == 0:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype, device="cpu")
     storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
     # Not a view of another tensor, so it may be changed in place.
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, make_contiguous_strides_for(shape))
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, make_contiguous_strides_for(shape))
 
 
 def pool() -> _C.HostPool:

@@ -81,7 +81,7 @@ class _Unplaced(NamedTuple):
 
     dtype: torch.dtype  # of its rows
     is_replay: bool
-    alone: bool  # its kernels run on the caller's stream
+    stream: Any  # where its kernels run; None without a GPU
     plan_memory: tuple[Tensor, ...]
     results: _Results | None  # in static mode, memory that is there already
 
@@ -114,8 +114,13 @@ class NativeGroup:
         self._kept: dict[int, tuple[Tensor | None, ...]] = {}  # by ticket: what started calls read and write
         self._dropped: collections.deque[int] = collections.deque()  # tickets of those that nobody will finish
         self._unplaced: dict[int, _Unplaced] = {}  # by ticket: dispatches on a device that were started
-        self._placed: dict[int, _Rows] = {}  # and those that wait for nothing of this rank's
+        self._placed: dict[int, _Rows] = {}  # and those that have memory
         self._has_recorded = False  # calls in graphs, which may be replayed whenever their owners like
+        self._starting = threading.Lock()  # held until _unplaced knows what was started
+        self._no_memory: Exception | None = None  # what went wrong in _allocate
+        self._own_stream = native.own_stream() if self.on_device else 0
+        if self.on_device:
+            native.set_allocate(self._allocate)
         self._ending = False  # no new calls: the process waits for the lock
 
     @nvtx.annotated("dispatch")
@@ -372,11 +377,11 @@ class NativeGroup:
         if started.ticket is None:
             raise ValueError("this call is finished: finish() once")
         ticket, started.ticket = started.ticket, None
-        try:
-            with self._call():
+        with self._call():
+            try:
                 return self._finish(ticket)
-        finally:  # done, or given up by all threads
-            self._kept.pop(ticket, None)
+            finally:  # done, or given up by all threads
+                self._kept.pop(ticket, None)
 
     def _finish(self, ticket: int) -> _C.DispatchBuffers:
         """Wait for the call. On a GPU the stream that is current now goes on behind it, and has its memory."""
@@ -419,53 +424,58 @@ class NativeGroup:
         return _Rows(plan, rows, scales, weights)
 
     def _finish_on_device(self, started: StartedCall) -> _Rows:
-        """Give the rows a place, and wait until they are ready on the current stream."""
+        """Wait until the rows are ready on the current stream."""
         if started.ticket is None:
             raise ValueError("this call is finished: finish() once")
         ticket, started.ticket = started.ticket, None
         with self._call():
             try:
-                self._place_until(ticket)
                 self._finish(ticket)
                 return self._placed[ticket]
             finally:
                 self._placed.pop(ticket, None)
                 self._kept.pop(ticket, None)
 
-    def _place_until(self, ticket: int) -> None:
-        """Give the dispatches up to this one memory for what comes: they run one after the other."""
-        for earlier in sorted(self._unplaced):
-            if earlier <= ticket:
-                self._placed[earlier] = self._place(earlier)
+    def _allocate(self, ticket: int, plan: _C.Plan, plan_bytes: int) -> tuple[int, int, int, int]:
+        """Memory for a dispatch on a device, as soon as it is known how much.
 
-    def _place(self, ticket: int) -> _Rows:
-        """Wait for the sizes of a dispatch on a device, and give its results memory."""
-        unplaced = self._unplaced.pop(ticket)
-        sizes = self._native.dispatch_sizes(ticket)
-        plan = sizes.plan
+        Called by whichever thread steps the calls, while another may hold the lock and wait for this one.
+        """
+        with self._starting:
+            unplaced = self._unplaced.pop(ticket)
+        pulls = None
         try:
-            with self._allocating(unplaced):
+            # Plain tensors, whatever the thread that happens to be here does otherwise.
+            with self._allocating_on(unplaced.stream), torch.inference_mode(False):
                 rows, scales, weights = unplaced.results or self._results(
                     plan.rows, unplaced.dtype, with_weights=not unplaced.is_replay
                 )
-                pulls = None
                 if not unplaced.is_replay:
-                    pulls = self.empty(sizes.plan_bytes, dtype=torch.uint8)
+                    pulls = self.empty(plan_bytes, dtype=torch.uint8)
                     plan.memory = (*unplaced.plan_memory, pulls)
-        except BaseException as error:  # no memory: the others wait for this rank's second half
-            self.usable = False
-            self._native.abort(f"rank {self.rank} could not finish a dispatch: {type(error).__name__}: {error}")
+        except Exception as error:
+            self._no_memory = error
             raise
-        self._kept[ticket] = (*self._kept[ticket], rows, scales, weights, pulls)
-        self._native.dispatch_place(ticket, _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls))
-        return _Rows(plan, rows, scales, weights)
+        self._kept[ticket] = (*self._kept.get(ticket, ()), rows, scales, weights, pulls)
+        self._placed[ticket] = _Rows(plan, rows, scales, weights)
+        return _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls)
 
-    def _allocating(self, unplaced: _Unplaced) -> contextlib.AbstractContextManager[Any]:
-        """For memory that kernels on a stream of their own write: not what the caller's stream may still use."""
-        if self.device.type != "cuda" or unplaced.alone:
-            return contextlib.nullcontext()
-        stream: Any = torch.cuda.ExternalStream
-        return torch.cuda.stream(stream(self._native.own_stream(), device=self.device))
+    def _stream_of_kernels(self, *, alone: bool) -> Any:
+        """Of a dispatch that is started now."""
+        if self.device.type != "cuda":
+            return None
+        own: Any = torch.cuda.ExternalStream
+        return torch.cuda.current_stream(self.device) if alone else own(self._own_stream, device=self.device)
+
+    @contextlib.contextmanager
+    def _allocating_on(self, stream: Any) -> Iterator[None]:
+        """For memory that kernels on this stream write: not what another stream may still use."""
+        if stream is None:
+            yield
+            return
+        # A thread of ours begins on the first GPU, where torch.cuda.stream would leave it, with a context there.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            yield
 
     def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
         rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None
@@ -485,30 +495,39 @@ class NativeGroup:
     def _start_dispatch(
         self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor, results: _Results | None = None
     ) -> StartedCall:
-        memory = (*memory, *call.memory)
-        started = self._start(dtype, memory, lambda: self._native.dispatch_start(call.args, self._pool()))
-        if self.on_device:
-            assert started.ticket is not None
-            self._unplaced[started.ticket] = _Unplaced(dtype, call.is_replay, call.alone, call.memory, results)
-        return started
+        stream = self._stream_of_kernels(alone=call.alone)
+        unplaced = _Unplaced(dtype, call.is_replay, stream, call.memory, results) if self.on_device else None
+        return self._start(
+            dtype, (*memory, *call.memory), lambda: self._native.dispatch_start(call.args, self._pool()), unplaced
+        )
 
     def _pool(self) -> _C.HostPool | None:
         return None if self.on_device else host_memory.pool()
 
-    def _start(self, dtype: torch.dtype, memory: tuple[Tensor | None, ...], start: Callable[[], int]) -> StartedCall:
+    def _start(
+        self,
+        dtype: torch.dtype,
+        memory: tuple[Tensor | None, ...],
+        start: Callable[[], int],
+        unplaced: _Unplaced | None = None,
+    ) -> StartedCall:
         started = StartedCall(dtype, self._dropped)
         if self.is_capturing():
             raise RuntimeError("calls in halves and rounds in waves cannot be captured: call dispatch and combine")
         with self._call():
             self._record_streams(memory)
-            started.ticket = ticket = start()
-            self._kept[ticket] = memory
+            if self._has_recorded:
+                self._native.catch_up(device.current_stream(self.device))  # before what others wait for is held
+            with self._starting:
+                started.ticket = ticket = start()
+                self._kept[ticket] = memory
+                if unplaced is not None:
+                    self._unplaced[ticket] = unplaced
         return started
 
     def _forget_dropped(self) -> None:
         for _ in range(len(self._dropped)):
             ticket = self._dropped.popleft()
-            self._place_until(ticket)  # so that it runs out
             if self._native.forget(ticket):
                 self._kept.pop(ticket, None)
                 self._placed.pop(ticket, None)
@@ -541,25 +560,15 @@ class NativeGroup:
         with self._lock:
             if self._closed is None:
                 collective = self.usable
-                error: BaseException | None = None
-                if collective and self._unplaced:
-                    try:
-                        self._place_until(max(self._unplaced))  # the others count on them
-                    except BaseException as raised:
-                        error, collective = raised, False
-                if collective and self._has_recorded:
-                    try:
-                        self._native.synchronize(device.current_stream(self.device))  # what graphs replay as well
-                    except TransportError as raised:
-                        error, collective = raised, False
                 native = self._take_native(ClosedError("the native group was closed"))
-                if collective:
-                    native.close(collective=True, timeout_s=self.config.timeout_s)
-                else:
+                try:
+                    if collective and self._has_recorded:
+                        native.synchronize(device.current_stream(self.device))  # what graphs replay as well
+                    if collective:
+                        native.close(collective=True, timeout_s=self.config.timeout_s)
+                finally:  # also after an interrupt, or what else close() leaves open
                     rendezvous.discard(native)
-                self._kept.clear()
-                if error is not None:
-                    raise error
+                    self._forget_calls()
 
     def leave(self, error: BaseException) -> None:
         """Close here because of an error of the caller's: who needs this rank from now on gets an error that tells it.
@@ -590,9 +599,14 @@ class NativeGroup:
                 else:
                     native = self._take_native(TransportError(f"rank {self.rank} {reason}", rank=self.rank))
                 rendezvous.discard(native, reason or "")
-                self._kept.clear()
+                self._forget_calls()
         finally:
             self._lock.release()
+
+    def _forget_calls(self) -> None:
+        """Once no thread steps them any more."""
+        for calls in (self._kept, self._unplaced, self._placed):
+            calls.clear()
 
     def _take_native(self, reason: Exception) -> _C.Group:
         """Mark this closed and hand out the native group, whose memory goes with the last reference to it."""
@@ -615,8 +629,8 @@ class NativeGroup:
             rows = host_memory.empty(num_rows, hidden_size, dtype=dtype)
             scales = None
             if dtype == torch.float8_e4m3fn:
-                scales = torch.empty(num_rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
-            return rows, scales, torch.empty(num_rows if with_weights else 0, dtype=torch.float32)
+                scales = torch.empty(num_rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32, device="cpu")
+            return rows, scales, torch.empty(num_rows if with_weights else 0, dtype=torch.float32, device="cpu")
 
         with self._call():
             results = None if capacity is None else memory(capacity)
@@ -721,9 +735,12 @@ class NativeGroup:
                 if self._dropped:
                     self._forget_dropped()
                 yield
-            except TransportError:
+            except TransportError as error:
                 self.usable = False
-                raise
+                cause, self._no_memory = self._no_memory, None
+                if cause is None or error.rank != self.rank:
+                    raise
+                raise cause from error  # here, and once; the others hear of it by the TransportError
 
 
 _kept_for_graphs: list[tuple[Tensor | None, ...]] = []  # see NativeGroup._record
@@ -734,7 +751,7 @@ def _dtype_of_rows(x: Tensor, fp8_output: bool) -> torch.dtype:
 
 
 # Null means "none of it" to the native calls, so a tensor without elements gets an address that nobody reads.
-_NOTHING = torch.empty(1)
+_NOTHING = torch.empty(1, device="cpu")
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -829,6 +846,7 @@ def _hook_exit() -> None:
     global _hooked_pid
     if _hooked_pid != os.getpid():
         _hooked_pid = os.getpid()
+        atexit.register(_C.refuse_callbacks, _EXIT_TIMEOUT_S)  # after the next one: of groups that could not be closed
         atexit.register(_close_all, _hooked_pid)
         multiprocessing.util.Finalize(None, _close_all, args=(_hooked_pid,), exitpriority=100)
 

@@ -76,7 +76,7 @@ def overflow_of(plan: _C.Plan, device: torch.device) -> Tensor:
     if flag is None:
         return torch.empty(0, dtype=torch.int64, device=device)
     storage = torch.frombuffer(flag, dtype=torch.int64).untyped_storage()
-    return torch.empty((), dtype=torch.int64).set_(storage, 0, (), ())
+    return torch.empty((), dtype=torch.int64, device="cpu").set_(storage, 0, (), ())
 
 
 def owner_of(tensor: Tensor) -> _Owner | None:

@@ -2,8 +2,12 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <optional>
+#include <thread>
+#include <tuple>
 
 #include "bindings/bindings.h"
 #include "common/status.h"
@@ -117,6 +121,66 @@ void check_interrupt() {
   py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
+
+// Lets threads of ours into the interpreter, until it ends: then whoever asks for the GIL never returns. Atomics, so
+// that a child of fork() cannot find a lock taken.
+class Door {
+ public:
+  bool enter() {
+    ++inside_;
+    if (!shut_) return true;
+    leave();
+    return false;
+  }
+  void leave() { --inside_; }
+  void shut(double most_s) {
+    shut_ = true;
+    auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(most_s);
+    while (inside_ > 0 && std::chrono::steady_clock::now() < end) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+
+ private:
+  std::atomic<bool> shut_{false};
+  std::atomic<int> inside_{0};
+};
+Door door;
+
+// Python's allocate(ticket, plan, plan_bytes) -> addresses of rows, weights, scales and memory for the plan.
+class Allocate {
+ public:
+  explicit Allocate(py::function allocate) : allocate_(new py::function(std::move(allocate)), DeleteWithGil()) {}
+
+  runtime::DispatchMemory operator()(std::uint64_t ticket, const runtime::DispatchSizes& sizes) const {
+    struct Visit {
+      bool let_in = door.enter();
+      ~Visit() {
+        if (let_in) door.leave();
+      }
+    } visit;
+    if (!visit.let_in) throw runtime::NoMemory("the process is ending");
+    py::gil_scoped_acquire gil;
+    try {
+      using Addresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+      auto [x, weights, scales, plan] = (*allocate_)(ticket, sizes.plan, sizes.plan_bytes).cast<Addresses>();
+      return {{pointer<void>(x), pointer<float>(weights), pointer<float>(scales)}, pointer<void>(plan)};
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_Exception)) throw;  // an interrupt of the caller who waits
+      throw runtime::NoMemory(py::cast<std::string>(error.type().attr("__name__")) + ": " +
+                              py::cast<std::string>(py::str(error.value())));
+    }
+  }
+
+ private:
+  struct DeleteWithGil {
+    void operator()(py::function* function) const {
+      py::gil_scoped_acquire gil;
+      delete function;
+    }
+  };
+  std::shared_ptr<py::function> allocate_;  // copied without the GIL
+};
 
 // A child of fork() has the object but not its threads: there it is left alone.
 struct DeleteInOwnProcess {
@@ -269,10 +333,6 @@ void bind_group(py::module_& module) {
            py::arg("topk_weight_grads_ptr") = 0, py::arg("gradient") = false, py::arg("stream") = 0,
            py::arg("alone") = true);
 
-  py::class_<runtime::DispatchSizes>(module, "DispatchSizes")
-      .def_readonly("plan", &runtime::DispatchSizes::plan)
-      .def_readonly("plan_bytes", &runtime::DispatchSizes::plan_bytes);
-
   py::class_<runtime::DispatchBuffers>(module, "DispatchBuffers")
       .def_readonly("plan", &runtime::DispatchBuffers::plan)
       .def_readonly("x", &runtime::DispatchBuffers::x)
@@ -312,17 +372,10 @@ void bind_group(py::module_& module) {
           },
           py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0, release())
       .def("combine", &Group::combine, py::arg("args"), release())
-      .def("dispatch_sizes", &Group::dispatch_sizes, py::arg("ticket"), release())
       .def(
-          "dispatch_place",
-          [](Group& group, std::uint64_t ticket, std::uintptr_t out_ptr, std::uintptr_t weights_ptr,
-             std::uintptr_t scales_ptr, std::uintptr_t plan_memory_ptr) {
-            group.dispatch_place(ticket,
-                                 {pointer<void>(out_ptr), pointer<float>(weights_ptr), pointer<float>(scales_ptr)},
-                                 pointer<void>(plan_memory_ptr));
-          },
-          py::arg("ticket"), py::arg("out_ptr"), py::arg("weights_ptr"), py::arg("scales_ptr") = 0,
-          py::arg("plan_memory_ptr") = 0, release())
+          "set_allocate",
+          [](Group& group, py::function allocate) { group.set_allocate(Allocate(std::move(allocate))); },
+          py::arg("allocate"))
       .def("own_stream",
            [](const Group& group) {
              return reinterpret_cast<std::uintptr_t>(group.own_stream(proto::Phase::kDispatch));
@@ -339,6 +392,9 @@ void bind_group(py::module_& module) {
       .def(
           "synchronize", [](Group& group, std::uintptr_t stream) { group.synchronize(pointer<void>(stream)); },
           py::arg("stream") = 0, release())
+      .def(
+          "catch_up", [](Group& group, std::uintptr_t stream) { group.catch_up(pointer<void>(stream)); },
+          py::arg("stream"), release())
       .def(
           "capturing", [](const Group& group, std::uintptr_t stream) { return group.capturing(pointer<void>(stream)); },
           py::arg("stream"))
@@ -380,6 +436,10 @@ void bind_group(py::module_& module) {
              return stats_dict(stats);
            })
       .def("info", [](const Group& group) { return info_dict(group.info()); });
+
+  module.def(
+      "refuse_callbacks", [](double timeout_s) { door.shut(timeout_s); }, py::arg("timeout_s"), release(),
+      "At the end of the process: no thread of ours enters the interpreter any more. Waits for one that is in it.");
 
   module.def(
       "plan_memory",

@@ -52,16 +52,26 @@ class DeviceDispatch final : public DeviceCallOf<kernels::device::DispatchCall> 
         fresh_(options.send_memory != nullptr),
         out_dtype_(args.out_dtype) {}
 
-  bool sizes_known() const { return call_.sizes_known(); }
+  kernels::Waiting waiting() const override {
+    return claimed_ && !placed_ ? kernels::Waiting{-1, -1, "for memory for its rows"} : call_.waiting();
+  }
+  // True once, when the sizes are known: for who then gives it memory.
+  bool claim() {
+    if (claimed_ || placed_ || !call_.sizes_known()) return false;
+    return claimed_ = true;
+  }
   std::size_t plan_bytes() const { return call_.plan_bytes(); }
-  void set_output(const kernels::DispatchOutput& output, void* plan_memory) { call_.set_output(output, plan_memory); }
+  void set_output(const kernels::DispatchOutput& output, void* plan_memory) {
+    call_.set_output(output, plan_memory);
+    placed_ = true;
+  }
   const std::shared_ptr<kernels::Plan>& made_plan() const { return made_plan_; }
   bool fresh() const { return fresh_; }
   proto::DType out_dtype() const { return out_dtype_; }
 
  private:
   std::shared_ptr<kernels::Plan> made_plan_;
-  bool fresh_;
+  bool fresh_, claimed_ = false, placed_ = false;
   proto::DType out_dtype_;
 };
 

@@ -240,8 +240,8 @@ void Group::record(const Status& status) {
     if (failure_.ok()) failure_ = status;  // the first error wins (I6)
     failed_.store(true);
   }
+  if (device_state_) device_state_->stop();  // before what may take a moment
   liveness_->abort(status);
-  if (device_state_) device_state_->stop();
 }
 
 void Group::check() const {
@@ -384,6 +384,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
     while (!until()) {
       backoff.before_look();
       bool moved = step_call(call, phase);
+      moved |= place_dispatch();
       if (driver_) moved |= driver_->try_step();
       if (moved) {
         backoff.reset();
@@ -404,6 +405,7 @@ void Group::run(Call& call, Phase phase, const Until& until) {
         check_patience(phase, epoch, waiting_for(call, phase), now - last_moved, &warned);
       }
     }
+    if (device_ && failed_.load()) check_open();  // kernels that an error stopped look as if they were done
   } catch (const StatusError& error) {
     if (!failed_.load()) fail(error.status());
     throw;
@@ -530,7 +532,6 @@ void Group::combine(const CombineRequest& request) {
 
 std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_ptr<HostPool> pool) {
   double begin = monotonic_s();
-  catch_up(request.stream);
   Prepared prepared = prepare_dispatch(request);
   if (device_) return start_device_dispatch(request, prepared);
   std::uint64_t ticket;
@@ -546,7 +547,6 @@ std::uint64_t Group::dispatch_start(const DispatchRequest& request, std::shared_
 
 std::uint64_t Group::combine_start(const CombineRequest& request) {
   double begin = monotonic_s();
-  catch_up(request.stream);
   kernels::CombineArgs args = prepare_combine(request);
   if (device_) return start_device_combine(request, args);
   std::uint64_t ticket;
@@ -560,6 +560,7 @@ std::uint64_t Group::combine_start(const CombineRequest& request) {
 
 std::uint64_t Group::start_call(std::shared_ptr<StartedCall> call) {
   call->number = state_.call - 1;
+  call->ticket = next_ticket_;
   moving_[static_cast<int>(call->phase())].push_back(call);
   pending_.emplace(next_ticket_, std::move(call));
   settle_background();
@@ -625,10 +626,13 @@ bool Group::step_started() {
 bool Group::step_background() {
   bool moved = false;
   try {
-    std::lock_guard lock(calls_mutex_);
-    if (!in_background_) return false;
-    watch_device_calls();
-    if (!failed_.load() && !liveness_->failed()) moved = step_started();
+    {
+      std::lock_guard lock(calls_mutex_);
+      if (!in_background_) return false;
+      watch_device_calls();
+      if (!failed_.load() && !liveness_->failed()) moved = step_started();
+    }
+    moved |= place_dispatch();
   } catch (const StatusError& error) {
     record(error.status());
   } catch (const std::exception& error) {
@@ -823,10 +827,10 @@ GroupStats Group::stats() {
   bool settled = false;
   for (double begin = monotonic_s(); !settled && !failed_.load() && !closed_ && monotonic_s() - begin < 1;) {
     if (!driver_->try_step()) sched_yield();
-    driver_->inspect([&](engine::Engine& engine) { settled = !engine.has_pending_writes() && descriptors_->empty(); });
-    if (device_state_) {
-      settled = settled && device_state_->all_fed(Phase::kDispatch) && device_state_->all_fed(Phase::kCombine);
-    }
+    // Asked first: what is fed later would be neither here nor there.
+    bool fed = !device_state_ || (device_state_->all_fed(Phase::kDispatch) && device_state_->all_fed(Phase::kCombine));
+    driver_->inspect(
+        [&](engine::Engine& engine) { settled = fed && !engine.has_pending_writes() && descriptors_->empty(); });
   }
   driver_->inspect([&](engine::Engine& engine) {
     for (std::uint32_t p = 0; p < proto::kNumPhases; ++p) stats.phases[p].wire_bytes = engine.stats().wire_bytes[p];

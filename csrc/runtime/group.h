@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -72,9 +73,17 @@ struct CombineRequest {
   bool alone = true;
 };
 
+// On a device: what a dispatch needs memory for once its sizes are known, and where that is.
 struct DispatchSizes {
   std::shared_ptr<kernels::Plan> plan;
   std::size_t plan_bytes = 0;  // of device memory that lives as long as the plan
+};
+struct DispatchMemory {
+  kernels::DispatchOutput output;
+  void* plan_memory = nullptr;
+};
+struct NoMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 // Where a dispatch in a graph puts what it gives: memory of the device that the caller keeps as long as the graph.
@@ -124,6 +133,11 @@ class Group {
 
   // Called now and then by waiting loops; may throw (an interrupted interpreter).
   void set_interrupt_check(std::function<void()> check) { interrupt_check_ = std::move(check); }
+  // On a device, before the first call: gives a dispatch its memory, once, when the sizes are known. Called by whoever
+  // steps the calls, a waiting caller or the background, and with no lock held, so it may take its time; but what it
+  // waits for must not wait for a call. Throws NoMemory.
+  using Allocate = std::function<DispatchMemory(std::uint64_t ticket, const DispatchSizes& sizes)>;
+  void set_allocate(Allocate allocate) { allocate_ = std::move(allocate); }
 
   // A dispatch is two calls, since the caller allocates the output once the sizes are known.
   std::shared_ptr<kernels::Plan> dispatch_begin(const DispatchRequest& request);
@@ -144,18 +158,18 @@ class Group {
   bool forget(std::uint64_t ticket);
 
   // On a device all calls are started (`pool` is not used), and finish() returns when the results are ready on the
-  // caller's stream. In a dispatch the caller gives memory in between: sizes, which wait for the counts, then place.
-  DispatchSizes dispatch_sizes(std::uint64_t ticket);
-  void dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory);
+  // caller's stream. A dispatch has its memory by set_allocate().
   // Until finished calls are done, which on a device is later, and what graphs replay on the stream.
   void synchronize(void* stream = nullptr);
   std::size_t device_send_bytes(std::uint32_t num_tokens) const;
 
   // Into a graph: kernels are queued on request.stream, which is being captured, and at every replay they are a call of
-  // this group. A dispatch is of a capacity or of a plan. Calls that are no replays wait, from then on, until their
-  // stream has come to them, so that all ranks number calls and replays in the order of their streams (I14).
+  // this group. A dispatch is of a capacity or of a plan.
   std::shared_ptr<kernels::Plan> record_dispatch(const DispatchRequest& request, const RecordedOutput& output);
   void record_combine(const CombineRequest& request);
+  // Before a call that is no replay is started: until the stream has come to it, so that all ranks number calls and
+  // replays in the order of their streams (I14). Nothing may be held that set_allocate()'s function waits for.
+  void catch_up(void* stream);
   bool capturing(void* stream) const { return device_ && device_->capturing(stream); }
   std::size_t device_plan_bytes(std::int64_t capacity) const;
   // Where the kernels of calls go that are not alone.
@@ -219,8 +233,8 @@ class Group {
   std::uint64_t start_device_combine(const CombineRequest& request, const kernels::CombineArgs& args);
   std::shared_ptr<StartedCall> pending_call(std::uint64_t ticket);
   void check_plan(const kernels::Plan& plan) const;
+  bool place_dispatch();
   void watch_device_calls();
-  void catch_up(void* stream);
   void add_recording(std::unique_ptr<kernels::device::Recording> recording,
                      std::function<std::shared_ptr<StartedCall>(kernels::device::Recording&)> make_call);
   bool answer_gates();
@@ -251,6 +265,7 @@ class Group {
   std::unique_ptr<transport::Pump> pump_;
   std::unique_ptr<Driver> driver_;
   std::function<void()> interrupt_check_;
+  Allocate allocate_;
 
   std::shared_ptr<kernels::Device> device_;
   std::vector<std::byte*> device_regions_;  // that the device has mapped

@@ -121,6 +121,7 @@ std::uint64_t Group::start_device_dispatch(const DispatchRequest& request, const
   if (request.plan) check_plan(*request.plan);
   kernels::device::DispatchOptions options{static_cast<kernels::Device::Stream>(request.stream), request.alone,
                                            request.topk_idx, request.topk_weights, request.send_memory};
+  MOE_EFA_CHECK(allocate_, "dispatches on a device need set_allocate()");
   std::lock_guard lock(calls_mutex_);
   return start_call(std::make_shared<DeviceDispatch>(
       context(), *device_state_,
@@ -141,26 +142,40 @@ std::shared_ptr<StartedCall> Group::pending_call(std::uint64_t ticket) {
   return found->second;
 }
 
-DispatchSizes Group::dispatch_sizes(std::uint64_t ticket) {
-  double begin = monotonic_s();
-  auto call = std::dynamic_pointer_cast<DeviceDispatch>(pending_call(ticket));
-  MOE_EFA_CHECK(call, "sizes are asked of dispatches on a device");
-  check_open(Phase::kDispatch);
-  run_in_turn(*call, [&] { return call->sizes_known(); });
-  liveness_->set_away(true);  // until the caller has memory for the rows
-  phase_stats_[0].seconds += monotonic_s() - begin;
-  return {call->made_plan(), call->plan_bytes()};
-}
-
-void Group::dispatch_place(std::uint64_t ticket, const kernels::DispatchOutput& output, void* plan_memory) {
+// Gives the dispatch that is stepped its memory as soon as the sizes are known, so that none waits for a later call of
+// its caller (I13). True when it did. Without a lock: memory may take long, and user threads wait with theirs held.
+bool Group::place_dispatch() {
+  if (!device_) return false;
+  std::shared_ptr<DeviceDispatch> call;
+  DispatchSizes sizes;
+  {
+    std::lock_guard lock(calls_mutex_);
+    const auto& moving = moving_[static_cast<int>(Phase::kDispatch)];
+    if (moving.empty() || failed_.load()) return false;
+    call = std::static_pointer_cast<DeviceDispatch>(moving.front());
+    if (!call->claim()) return false;
+    sizes = {call->made_plan(), call->plan_bytes()};
+  }
+  DispatchMemory memory;
+  liveness_->set_away(true);
+  try {
+    memory = allocate_(call->ticket, sizes);
+  } catch (const NoMemory& error) {
+    std::string rank = std::to_string(config_.topology.rank);
+    throw StatusError({StatusCode::kTransport, static_cast<int>(config_.topology.rank),
+                       static_cast<int>(Phase::kDispatch), static_cast<std::int64_t>(call->epoch()), -1,
+                       "rank " + rank + " could not finish a dispatch: " + error.what() + " (dispatch epoch " +
+                           std::to_string(call->epoch()) + ", memory for " + std::to_string(sizes.plan->rows()) +
+                           " rows)"});
+  }
   liveness_->set_away(false);
-  auto call = std::dynamic_pointer_cast<DeviceDispatch>(pending_call(ticket));
-  MOE_EFA_CHECK(call && call->sizes_known(), "dispatch_place() follows dispatch_sizes()");
+  const kernels::DispatchOutput& output = memory.output;
   MOE_EFA_CHECK((output.scales != nullptr) == (call->out_dtype() == proto::DType::kFp8),
                 "scales are for FP8 rows, and only for them");
   MOE_EFA_CHECK((output.weights != nullptr) == call->fresh(), "weights are for fresh dispatches, and only for them");
   std::lock_guard lock(calls_mutex_);
-  call->set_output(output, plan_memory);
+  call->set_output(output, memory.plan_memory);
+  return true;
 }
 
 // Looks after kernels that nobody waits for: with calls_mutex_ held.

@@ -124,7 +124,8 @@ bool Group::replays_run() const {
 // Before a call that is no replay: those that the stream has before it come first. The background goes on meanwhile: to
 // ask for a mark may take as long as a kernel runs that waits at a gate.
 void Group::catch_up(void* stream) {
-  if (recorded_.empty() || failed_.load() || closed_) return;
+  if (recorded_.empty()) return;
+  check_open(Phase::kDispatch);
   ScopedMark mark(*device_, stream);
   auto caught_up = [&] {
     if (!mark.reached()) return false;

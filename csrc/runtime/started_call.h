@@ -32,6 +32,7 @@ class StartedCall {
   proto::DType wire_dtype() const { return wire_dtype_; }
   const kernels::Plan& plan() const { return *plan_; }
   std::uint64_t number = 0;  // among all calls of the group (I14)
+  std::uint64_t ticket = 0;  // of a call that somebody finishes
   bool replayed = false;     // by a graph: nobody finishes it
   double begin_s = 0;        // of such a call
 

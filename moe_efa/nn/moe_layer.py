@@ -276,7 +276,7 @@ class MoELayer(nn.Module):
     def selections_per_expert(self) -> Tensor:
         """[E] int64: how often this rank's tokens selected each expert of the layer in the last forward."""
         if self.topk_idx is None:
-            return torch.zeros(self.router.num_experts, dtype=torch.int64)
+            return torch.zeros(self.router.num_experts, dtype=torch.int64, device=self.expert_parallel.device)
         return routing.tokens_per_expert(self.topk_idx, self.router.num_experts)
 
     def reset_parameters(self) -> None:

@@ -7,6 +7,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +20,11 @@ from torch import Tensor
 
 import moe_efa
 from moe_efa import device as device_of
+from moe_efa import native_group
 from moe_efa.errors import TransportError
+from moe_efa.handle import PendingDispatch
 from moe_efa.testing import device_rounds
+from moe_efa.testing.compare import assert_bitwise
 from moe_efa.testing.device_ranks import DeviceRanks
 from moe_efa.testing.device_rounds import CASES, Case
 from moe_efa.testing.spawn import spawn
@@ -107,6 +114,208 @@ def issue_different_calls(rank: int, group: dist.ProcessGroup, case: Case, devic
 def test_different_calls_are_an_error_on_all_ranks(ranks: DeviceRanks) -> None:
     texts = ranks.spawn(issue_different_calls, 2, CASES[1], DEVICE)
     assert all("different calls" in text for text in texts)
+
+
+# What others need of a rank takes more than the slots that its first launch fills.
+MANY_CHUNKS = Case(4, 2, "shm", num_tokens=40, chunk_rows=3, slots=2)
+ROWS = {"fresh": "weighted rows", "capacity": "capacity 4096 rows", "replay": "weighted rows"}  # of device_rounds.run
+
+
+def start(ep: moe_efa.ExpertParallel, case: Case, rank: int, kind: str) -> PendingDispatch:
+    inputs = case.inputs(rank, ep)
+    if kind == "replay":
+        handle = ep.dispatch(*inputs, expert_alignment=case.alignment).handle
+        return ep.dispatch_start(inputs[0], handle=handle)
+    capacity = 4096 if kind == "capacity" else None
+    return ep.dispatch_start(*inputs, expert_alignment=case.alignment, capacity=capacity)
+
+
+def finish_when_the_others_have(rank: int, group: dist.ProcessGroup, case: Case, device: str, kind: str) -> Tensor:
+    with case.open(group, device, timeout_s=20.0) as ep:
+        pending = start(ep, case, rank, kind)
+        if rank == 0:
+            dist.barrier(group)  # in no call of ours
+        rows = pending.finish().x.cpu()
+        if rank > 0:
+            dist.barrier(group)
+    return rows
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_started_dispatch_needs_no_later_call(kind: str, ranks: DeviceRanks) -> None:
+    found = ranks.spawn(finish_when_the_others_have, 4, MANY_CHUNKS, DEVICE, kind)
+    for rank, rows in enumerate(found):
+        assert_bitwise(rows, on_cpu(MANY_CHUNKS)[rank][ROWS[kind]], f"rows of rank {rank}")
+
+
+def leave_unfinished(rank: int, group: dist.ProcessGroup, case: Case, device: str, how: str) -> Tensor | None:
+    ep = case.open(group, device, timeout_s=20.0)
+    pending = start(ep, case, rank, "fresh")
+    dist.barrier(group)  # all have entered it
+    if rank > 0:
+        rows = pending.finish().x.cpu()
+        with contextlib.suppress(TransportError):  # rank 0 may have left by an error
+            ep.close()
+        return rows
+    if how == "by an error":
+        with pytest.raises(ZeroDivisionError), ep:
+            raise ZeroDivisionError
+    else:
+        del pending
+        ep.close()
+    return None
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize("how", ["by an error", "by close"])
+def test_who_leaves_a_started_dispatch_owes_nothing(how: str, ranks: DeviceRanks) -> None:
+    found = ranks.spawn(leave_unfinished, 4, MANY_CHUNKS, DEVICE, how)
+    for rank in range(1, 4):
+        assert_bitwise(found[rank], on_cpu(MANY_CHUNKS)[rank][ROWS["fresh"]], f"rows of rank {rank}")
+
+
+def have_no_memory(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> tuple[str, Any, Any, Any]:
+    """Rank 0 finds none for its rows, and calls nothing until the others have heard of it."""
+
+    def no_results(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("as the test wants")
+
+    ep = case.open(group, device, timeout_s=20.0)
+    inputs = case.inputs(rank, ep)
+    ep.dispatch(*inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            patch.setattr(native_group.NativeGroup, "_results", no_results)
+        pending = ep.dispatch_start(*inputs)
+        if rank == 0:
+            dist.barrier(group)
+            with pytest.raises(torch.OutOfMemoryError):
+                pending.finish()
+    with pytest.raises(TransportError) as error:
+        if rank > 0:
+            pending.finish()
+        ep.dispatch(*inputs)
+    if rank > 0:
+        dist.barrier(group)
+    with contextlib.suppress(TransportError):
+        ep.close()
+    return str(error.value), error.value.rank, error.value.phase, error.value.epoch
+
+
+@pytest.mark.waits
+def test_no_memory_for_a_started_dispatch_is_an_error_on_all_ranks(ranks: DeviceRanks) -> None:
+    for text, rank, phase, epoch in ranks.spawn(have_no_memory, 4, MANY_CHUNKS, DEVICE):
+        assert "rank 0 could not finish a dispatch" in text
+        assert "OutOfMemoryError: as the test wants" in text
+        assert (rank, phase, epoch) == (0, "dispatch", 1)
+
+
+def finish_for_another(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> None:
+    """Whoever waits gives memory to what was started before, in whatever mode of torch that happens to be."""
+    with case.open(group, device) as ep:
+        x, idx, weights = case.inputs(rank, ep)
+        x.requires_grad_()
+        for _ in range(10):
+            pending = ep.dispatch_start(x, idx, weights)
+            with torch.inference_mode():
+                ep.dispatch(x, idx, weights)
+            rows = pending.finish().x
+            torch.autograd.backward((rows * rows).sum())
+
+
+def test_a_started_dispatch_keeps_its_graph_where_an_inference_waits_for_it(ranks: DeviceRanks) -> None:
+    ranks.spawn(finish_for_another, 1, CASES[0], DEVICE)
+
+
+# A real interpreter per rank, which ends as a user's does.
+ENDS = """
+import sys, threading, time
+import torch, torch.distributed as dist
+import moe_efa
+torch.set_num_threads(1)
+rank, store, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+ep = moe_efa.ExpertParallel(dist.group.WORLD, num_experts=8, hidden_size=64, top_k=2, max_tokens_per_rank=64,
+                            timeout_s=20, node_size=1, transport="shm", chunk_rows=2, slots=2, device=device)
+x, idx = torch.randn(32, 64, device=device), torch.randint(0, 8, (32, 2), device=device)
+weights = torch.rand(32, 2, device=device)
+ep.dispatch(x, idx, weights)
+print("key", ep._native.job_key, flush=True)
+dist.destroy_process_group()
+"""
+LEFT = "pending = [ep.dispatch_start(x, idx, weights) for _ in range(3)]\ntime.sleep(0.3 * rank)\n"
+GOES_ON = """
+def go_on():
+    try:
+        while True:
+            ep.dispatch_start(x, idx, weights).finish()
+    except (moe_efa.ClosedError, moe_efa.TransportError):
+        pass
+threading.Thread(target=go_on, daemon=True).start()
+time.sleep(0.2)
+"""
+# Rank 0 cannot close, as where another thread is in a call, and is taking its modules down when the sizes of its
+# dispatch become known: no thread may ask for the interpreter then.
+TORN_DOWN = """
+from pathlib import Path
+ends, told = Path(store + ".ends"), Path(store + ".told")
+def wait_for(path, exists=Path.exists, monotonic=time.monotonic, sleep=time.sleep):
+    end = monotonic() + 20
+    while not exists(path) and monotonic() < end:
+        sleep(0.01)
+class Last:
+    def __del__(self, ends=ends, told=told, wait_for=wait_for, touch=Path.touch):
+        touch(ends)
+        wait_for(told)
+if rank == 0:
+    pending = ep.dispatch_start(x, idx, weights)
+    ep._native._lock.acquire()
+    _last = Last()
+else:
+    wait_for(ends)
+    try:
+        ep.dispatch(x, idx, weights)
+        ep.dispatch(x, idx, weights)
+    except moe_efa.TransportError as error:
+        assert "rank 0 could not finish a dispatch: the process is ending" in str(error), error
+    else:
+        raise AssertionError("no error")
+    told.touch()
+"""
+
+
+@pytest.mark.waits
+@pytest.mark.parametrize(
+    "body",
+    [LEFT, GOES_ON, TORN_DOWN],
+    ids=["with calls that nobody finishes", "while a thread calls", "while it is torn down"],
+)
+def test_a_process_ends_silently_and_soon(body: str, tmp_path: Path, device_library: Path | None) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDS + body)
+    env = {**os.environ, "PYTHONPATH": str(Path(moe_efa.__file__).resolve().parents[1])}
+    if device_library is not None:
+        env["MOE_EFA_DEVICE_LIBRARY"] = str(device_library)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(tmp_path / "store"), DEVICE],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, err) == (0, ""), err
+            assert not [name for name in os.listdir("/dev/shm") if out.split()[1] in name]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def train_a_layer(rank: int, group: dist.ProcessGroup, device: str) -> dict[str, Tensor]:

@@ -655,6 +655,41 @@ def test_calls_of_other_threads_end_when_the_process_does(monkeypatch: pytest.Mo
         ep.dispatch(*make_inputs(6, grad=False))
 
 
+def test_an_interrupt_of_close_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    ep, real, calls = open_ep(max_tokens_per_rank=16), native_group._C.Group.close, []
+
+    def close(self: Any, *, collective: bool, **options: Any) -> None:
+        calls.append(collective)
+        if collective:
+            raise KeyboardInterrupt
+        real(self, collective=collective, **options)
+
+    monkeypatch.setattr(native_group._C.Group, "close", close)
+    pending = ep.dispatch_start(*make_inputs(6, grad=False))
+    with pytest.raises(KeyboardInterrupt):
+        ep.close()
+    assert calls == [True, False]
+    assert not ep._native._kept
+    with pytest.raises(moe_efa.ClosedError):
+        pending.finish()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 6])
+def test_what_the_calls_make_is_not_on_the_default_device(num_tokens: int) -> None:
+    x, idx, weights = make_inputs(num_tokens)
+    with torch.device("meta"), open_ep(wire_dtype="fp8") as ep:
+        fp8 = ep.dispatch(x.detach(), idx, weights.detach(), output="fp8")
+        static = ep.dispatch(x, idx, weights, capacity=20)
+        pending = ep.dispatch_start(x, idx, weights)
+        d = pending.finish()
+        out = ep.combine_start(d.x, d.handle).finish() + ep.combine(static.x, static.handle)
+        (out.sum() + ep.moe(x, idx, weights, lambda rows, _: rows * 2, waves=2).sum()).backward()
+        found = [*vars(fp8).values(), *vars(static).values(), *vars(d).values(), out, x.grad, weights.grad]
+        found.append(host_memory.empty(2 << 20, dtype=torch.uint8))
+    assert all(tensor.is_cpu for tensor in found if isinstance(tensor, torch.Tensor))
+    assert isinstance(x.grad, torch.Tensor)
+
+
 def test_only_known_outputs(ep: ExpertParallel) -> None:
     with counted(ep, 0, 0), pytest.raises(ValueError, match="output must be 'same' or 'fp8', not 'fp4'"):
         ops.dispatch(*make_inputs(6), group=ep._group, expert_alignment=1, output="fp4")

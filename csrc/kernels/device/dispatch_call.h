@@ -1,7 +1,7 @@
 // One dispatch of a rank whose tensors are on a device, as a resumable state machine like cpu/dispatch_call.h: step()
 // queues kernels and looks at flags, and waits for nothing. Two launches (DESIGN, "Kernels never deadlock"): plan and
-// the chunks that the slots of earlier epochs take; then, when the sizes are known and the caller has memory for the
-// rows, one resident grid that packs the rest and pulls.
+// the chunks that the slots of earlier epochs take; then, when the sizes are known and there is memory for the rows,
+// one resident grid that packs the rest and pulls.
 #pragma once
 
 #include <cstdint>

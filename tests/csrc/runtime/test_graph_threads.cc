@@ -88,15 +88,19 @@ struct Round {
   }
   // The same, and no replay; of exact sizes.
   void call(Group& group) {
-    std::uint64_t ticket = group.dispatch_start(dispatch_request(group), nullptr);
-    runtime::DispatchSizes sizes = group.dispatch_sizes(ticket);
-    std::vector<float> got(static_cast<std::size_t>(sizes.plan->rows()) * kHidden + 1);
-    std::vector<float> got_weights(static_cast<std::size_t>(sizes.plan->rows()) + 1);
-    group.dispatch_place(ticket, {got.data(), got_weights.data(), nullptr, false},
-                         device.allocate(std::max<std::size_t>(sizes.plan_bytes, 1)));
-    group.finish(ticket);
+    std::shared_ptr<kernels::Plan> exact;
+    std::vector<float> got, got_weights;
+    group.set_allocate([&](std::uint64_t, const runtime::DispatchSizes& sizes) {
+      exact = sizes.plan;
+      got.resize(static_cast<std::size_t>(exact->rows()) * kHidden + 1);
+      got_weights.resize(static_cast<std::size_t>(exact->rows()) + 1);
+      return runtime::DispatchMemory{{got.data(), got_weights.data(), nullptr, false},
+                                     device.allocate(std::max<std::size_t>(sizes.plan_bytes, 1))};
+    });
+    group.catch_up(nullptr);
+    group.finish(group.dispatch_start(dispatch_request(group), nullptr));
     runtime::CombineRequest request = combine_request();
-    request.plan = sizes.plan;
+    request.plan = exact;
     request.y = got.data();
     group.finish(group.combine_start(request));
     group.synchronize();
@@ -184,6 +188,7 @@ TEST_CASE("a handle is of no use before its graph has been replayed, and after i
     Round& round = *world.rounds[rank];
     round.capture(group);
     round.change(rank);
+    group.catch_up(nullptr);
     try {
       group.combine_start(round.combine_request());
       require(false, "a combine without rows began");

@@ -105,12 +105,13 @@ Results run_rounds(Group& group, EmulatedDevice* device, std::uint32_t rank, std
       group.combine(combine);
     } else {
       void* send = request.send_memory = device->allocate(group.device_send_bytes(tokens));
-      std::uint64_t ticket = group.dispatch_start(request, nullptr);
-      runtime::DispatchSizes sizes = group.dispatch_sizes(ticket);
-      void* plan = device->allocate(std::max<std::size_t>(sizes.plan_bytes, 1));
-      group.dispatch_place(ticket, make_room(*sizes.plan), plan);
-      group.finish(ticket);
-      combine.plan = sizes.plan;
+      void* plan = nullptr;
+      group.set_allocate([&](std::uint64_t, const runtime::DispatchSizes& sizes) {
+        combine.plan = sizes.plan;
+        plan = device->allocate(std::max<std::size_t>(sizes.plan_bytes, 1));
+        return runtime::DispatchMemory{make_room(*sizes.plan), plan};
+      });
+      group.finish(group.dispatch_start(request, nullptr));
       combine.y = got.data();
       combine.weights = row_weights.data();
       group.finish(group.combine_start(combine));
@@ -194,6 +195,30 @@ TEST_CASE("slots of a device give the same bits as slots of the region") {
       CHECK(device.devices[rank]->num_mappings() == 0);  // all given back
     }
   }
+}
+
+TEST_CASE("auto takes the memory of a device where NICs, mates and kernels reach it without a flush") {
+  auto choose = [](std::uint32_t node_size, const std::string& transport, auto change) {
+    EmulatedDevice device(true);
+    kernels::DeviceFacts& facts = device.change_facts();
+    facts.dma_buf = true;
+    facts.flushes_writes = false;
+    GroupConfig config = config_of(0, 4, node_size, transport, "auto", "");
+    if (transport == "libfabric") config.provider = "efa";
+    change(config, facts);
+    return runtime::choose_buffers(config, &device);
+  };
+  auto as_it_is = [](GroupConfig&, kernels::DeviceFacts&) {};
+  auto flushes = [](GroupConfig&, kernels::DeviceFacts& facts) { facts.flushes_writes = true; };
+  CHECK(choose(2, "libfabric", as_it_is) == "device");
+  // A flush may wait for the very kernels that wait for what is flushed.
+  CHECK(choose(2, "libfabric", flushes) == "host");
+  CHECK(choose(2, "libfabric", [](GroupConfig&, kernels::DeviceFacts& facts) { facts.sees_writes = false; }) == "host");
+  CHECK(choose(2, "libfabric", [](GroupConfig&, kernels::DeviceFacts& facts) { facts.dma_buf = false; }) == "host");
+  CHECK(choose(2, "libfabric", [](GroupConfig& config, kernels::DeviceFacts&) { config.provider = "tcp"; }) == "host");
+  CHECK(choose(2, "shm", as_it_is) == "host");
+  CHECK(choose(4, "none", flushes) == "device");  // no NIC writes
+  CHECK(choose(4, "none", [](GroupConfig&, kernels::DeviceFacts& facts) { facts.shares_memory = false; }) == "host");
 }
 
 TEST_CASE("the memory of a device is shared with another process, and the segment is no larger than it need be") {
