@@ -7,7 +7,6 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import pickle
-import sys
 import tempfile
 import time
 import traceback
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_efa.testing.spawn import _call, _clear_frames
+from moe_efa.testing.spawn import _call, _clear_frames, _pack
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def run_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", _call.__module__])
-    module_file = getattr(sys.modules[fn.__module__], "__file__", None)
-    payload = pickle.dumps((fn.__module__, module_file, pickle.dumps((fn, args))))
+    payload = _pack(fn, args, {})
     with tempfile.TemporaryDirectory(prefix="moe_efa_ranks_") as folder:
         processes: list[BaseProcess] = []
         pipes: list[Connection] = []

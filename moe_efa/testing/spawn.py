@@ -79,9 +79,7 @@ def spawn(
     # Only torch: the server's sys.path begins with the working directory, a rank's is that of the caller.
     context.set_forkserver_preload(["torch", "torch.distributed"])
     deadline = time.monotonic() + timeout
-    # Pickled by value: torch's reducers for multiprocessing need the sender alive.
-    module_file = getattr(sys.modules[fn.__module__], "__file__", None)
-    payload = pickle.dumps((dict(environment or {}), fn.__module__, module_file, pickle.dumps((fn, args))))
+    payload = _pack(fn, args, environment or {})
     with tempfile.TemporaryDirectory(prefix="moe_efa_spawn_") as folder:
         processes: list[BaseProcess] = []
         pipes: list[Connection] = []
@@ -197,6 +195,12 @@ def _run_rank(payload: bytes, rank: int, num_ranks: int, folder: str, timeout: f
             pipe.send_bytes(message)
         pipe.close()
         faulthandler.unregister(signal.SIGUSR1)
+
+
+def _pack(fn: Callable[..., Any], args: tuple[Any, ...], environment: Mapping[str, str]) -> bytes:
+    """For _call. Pickled by value: torch's reducers for multiprocessing need the sender alive."""
+    module_file = getattr(sys.modules[fn.__module__], "__file__", None)
+    return pickle.dumps((dict(environment), fn.__module__, module_file, pickle.dumps((fn, args))))
 
 
 _failed_at = 0.0  # of this rank
