@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_efa.errors import ConfigError
@@ -153,6 +154,11 @@ def reorder() -> Reorder | None:
     if node is None:
         return Reorder(int(seed))
     return Reorder(int(seed), int(node), int(after), -1 if nic is None else int(nic))
+
+
+def override(variables: Mapping[str, str]) -> None:
+    """Set variables of this process, for ranks of tests."""
+    os.environ.update(variables)
 
 
 def master_address() -> str | None:

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from moe_efa import env
+
 _GRACE_S = 3.0  # for the other ranks after a first failure, so that their own errors can be shown
 
 
@@ -216,7 +218,7 @@ def _call(payload: bytes, rank: int, num_ranks: int, folder: str, timeout: float
     )
     try:
         environment, module_name, module_file, pickled = pickle.loads(payload)
-        os.environ.update(environment)
+        env.override(environment)
         _import(module_name, module_file)
         fn, args = pickle.loads(pickled)
         return fn(rank, dist.group.WORLD, *args)
