@@ -50,7 +50,8 @@ def native_options(device: str) -> dict[str, Any]:
     library = env.device_library() or (None if device == "cpu" else str(CUDA_LIBRARY))
     if library is None:
         return {}
-    return {"device_library": library, "device_index": 0 if device == "cpu" else torch.cuda.current_device()}
+    index = 0 if device == "cpu" else torch.cuda.current_device()
+    return {"device_library": library, "device_index": index, "gdrcopy": env.gdrcopy() or ""}
 
 
 def of_tensors(device: str) -> torch.device:

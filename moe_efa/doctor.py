@@ -55,6 +55,7 @@ def examine(
         "version": __version__,
         "build": {key: build[key] for key in ("protocol_version", "compiler", "libfabric_built")},
         "cuda": _cuda_facts(),
+        "gdrcopy": _gdrcopy_facts(),
         "libfabric": {key: build[f"libfabric_{key}"] for key in ("found", "path", "version", "error")},
         "providers": providers,
         "auto_provider": _C.libfabric_default_provider(**search) if found else "",
@@ -177,6 +178,14 @@ def _cuda_facts() -> dict[str, Any]:
         return {"built": built, "device": None, "error": str(error)}
 
 
+def _gdrcopy_facts() -> dict[str, Any]:
+    """Can GDRCopy be used, and which, or why not; whether it can pin a GPU's memory shows when a group is made."""
+    library = env.gdrcopy() or ""
+    if library == "off":
+        return {"usable": False, "path": "", "version": "", "error": "MOE_EFA_GDRCOPY is off"}
+    return _C.gdrcopy_info(library)
+
+
 def _shm_facts(shm: Path) -> dict[str, int] | None:
     try:
         stat = os.statvfs(shm)
@@ -210,6 +219,7 @@ def format_table(facts: dict[str, Any]) -> str:
     rows = [
         ("moe_efa", f"{facts['version']}, protocol {build['protocol_version']}, compiler {build['compiler']}"),
         ("CUDA library", _cuda_text(facts["cuda"])),
+        ("GDRCopy", _gdrcopy_text(facts["gdrcopy"])),
         ("libfabric headers", "built with" if build["libfabric_built"] else "built without"),
         ("libfabric", f"{library['version']} at {library['path']}" if library["found"] else "not found"),
         ("providers", ", ".join(facts["providers"]) or "none"),
@@ -239,6 +249,12 @@ def _cuda_text(cuda: dict[str, Any]) -> str:
         return f"built, but no GPU can be used: {cuda['error']}" if cuda["built"] else "not built"
     nics = "NICs can reach its memory" if gpu["dma_buf"] else "no NIC can reach its memory"
     return f"built, opens GPU 0: {gpu['name']}, {gpu['num_sms']} SMs, {nics}"
+
+
+def _gdrcopy_text(gdrcopy: dict[str, Any]) -> str:
+    if gdrcopy["usable"]:
+        return f"{gdrcopy['version']} at {gdrcopy['path']}"
+    return f"not used, arrivals are polled in host memory: {gdrcopy['error']}"
 
 
 def _gib(count: int) -> str:

@@ -66,6 +66,12 @@ VARIABLES = (
         "For tests, on all ranks: a library that plays the GPU. Tensors are on the CPU, all else is as on a GPU.",
     ),
     Variable(
+        "MOE_EFA_GDRCOPY",
+        "path or off",
+        "searched",
+        "libgdrapi.so to load, instead of the loader's or that of /opt/gdrcopy/lib; off: GDRCopy is not used.",
+    ),
+    Variable(
         "MOE_EFA_REORDER",
         "seed[,drop=NODE@N[,nic=I]]",
         "off",
@@ -140,6 +146,11 @@ def device() -> str | None:
 def device_library() -> str | None:
     """MOE_EFA_DEVICE_LIBRARY, or None."""
     return os.environ.get("MOE_EFA_DEVICE_LIBRARY") or None
+
+
+def gdrcopy() -> str | None:
+    """MOE_EFA_GDRCOPY, or None."""
+    return os.environ.get("MOE_EFA_GDRCOPY") or None
 
 
 def reorder() -> Reorder | None:

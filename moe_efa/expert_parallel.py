@@ -399,7 +399,11 @@ class ExpertParallel:
         return self._native.stats()
 
     def info(self) -> dict[str, Any]:
-        """Facts of the native group, such as provider, chunk_rows, slots and bytes of memory."""
+        """Facts of the native group, such as provider, chunk_rows, slots and bytes of memory.
+
+        With tensors on a GPU, ``buffers`` says where rings are, and ``flags`` where its kernels look for what has
+        arrived in them: "device" or "host".
+        """
         self._check_open()
         return self._native.info()
 

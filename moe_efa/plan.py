@@ -21,7 +21,8 @@ class Plan:
     ``registered_bytes`` is registered memory per rank, all of it fixed at construction; rings have ``slots`` chunks of
     ``chunk_rows`` rows. ``parts`` are its parts and add up to it. ``completion_queue_events`` bounds what may be in
     flight towards a NIC of a rank, ``writes_per_nic`` what a rank has in flight on one. None of it depends on the
-    number of NICs, each of which registers the same memory.
+    number of NICs, each of which registers the same memory. Where rings are in GPU memory (``buffers="device"``),
+    ``device_words_bytes`` of it come on top, for flags that kernels poll; no NIC registers them.
     """
 
     num_ranks: int
@@ -36,6 +37,7 @@ class Plan:
     dispatch_slot_bytes: int
     combine_slot_bytes: int
     parts: dict[str, int]
+    device_words_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -60,6 +62,7 @@ class Plan:
             "dispatch_slot_bytes": self.dispatch_slot_bytes,
             "combine_slot_bytes": self.combine_slot_bytes,
             "parts": self.parts,
+            "device_words_bytes": self.device_words_bytes,
         }
 
 
@@ -176,6 +179,7 @@ def format_table(plan: Plan) -> str:
         ("memory budget", _mebibytes(config.memory_budget_bytes)),
         ("registered per rank", _mebibytes(plan.registered_bytes)),
         *((f"  {name.replace('_', ' ')}", _mebibytes(part)) for name, part in plan.parts.items()),
+        ("with rings on a GPU", f"{_mebibytes(plan.device_words_bytes)} more there, for flags"),
         ("registered per node", _mebibytes(plan.registered_bytes * plan.node_size)),
         ("chunk rows", str(plan.chunk_rows)),
         ("slots per ring", str(plan.slots)),

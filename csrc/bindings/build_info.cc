@@ -4,6 +4,7 @@
 #include "bindings/bindings.h"
 #include "proto/chunk.h"
 #include "runtime/device_library.h"
+#include "runtime/gdrcopy.h"
 #include "transport/libfabric_loader.h"
 #include "transport/libfabric_rail.h"
 
@@ -45,6 +46,22 @@ void bind_build_info(py::module_& module) {
         return out;
       },
       py::arg("library"), py::arg("index"));
+  module.def(
+      "gdrcopy_info",
+      [](const std::string& library) {
+        runtime::GdrcopyInfo info;
+        {
+          py::gil_scoped_release release;
+          info = runtime::gdrcopy_info(library);
+        }
+        py::dict out;
+        out["usable"] = info.usable;
+        out["path"] = info.path;
+        out["version"] = info.version;
+        out["error"] = info.error;
+        return out;
+      },
+      py::arg("library") = "");
   module.def(
       "libfabric_default_provider",
       [](const std::string& libfabric, const std::vector<std::string>& hints) {

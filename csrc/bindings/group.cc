@@ -101,6 +101,8 @@ GroupConfig make_config(const py::kwargs& kwargs) {
       config.device_library = py::cast<std::string>(value);
     else if (name == "device_index")
       config.device_index = py::cast<std::int32_t>(value);
+    else if (name == "gdrcopy")
+      config.gdrcopy = py::cast<std::string>(value);
     else if (name == "reorder")
       config.reorder = py::cast<bool>(value);
     else if (name == "reorder_seed")
@@ -288,6 +290,7 @@ py::dict info_dict(const runtime::GroupInfo& info) {
   out["num_threads"] = info.num_threads;
   out["device"] = info.device;
   out["buffers"] = info.buffers;
+  out["flags"] = info.flags;
   return out;
 }
 
@@ -461,6 +464,8 @@ void bind_group(py::module_& module) {
         parts["combine_send_slots"] = layout.send_part_bytes(proto::Phase::kCombine);
         parts["publish"] = layout.publish_part_bytes();
         out["parts"] = parts;
+        out["device_words_bytes"] =
+            layout.kernel_words_at() + layout.kernel_words_bytes() - (layout.total_bytes() - layout.slots_begin());
         out["dispatch_slot_bytes"] = layout.slot_bytes(proto::Phase::kDispatch);
         out["combine_slot_bytes"] = layout.slot_bytes(proto::Phase::kCombine);
         out["writes_per_nic"] = runtime::kWritesPerNic;

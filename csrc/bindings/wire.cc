@@ -74,7 +74,7 @@ py::dict structs() {
 
 #undef MOE_EFA_FIELD
 
-// On which side of RegionLayout::slots_begin() the parts of a region lie.
+// On which side of RegionLayout::slots_begin() the parts of a region lie, or may lie.
 py::dict parts() {
   proto::LayoutConfig config;
   config.num_nodes = config.node_size = 2;
@@ -82,9 +82,12 @@ py::dict parts() {
   constexpr auto kPhase = proto::Phase::kDispatch;
   py::dict out;
   auto put = [&](const char* name, std::uint64_t offset) {
-    out[name] = offset < layout.slots_begin() ? "before" : "slots";
+    out[name] = layout.only_kernels_read(offset) ? "before, or behind"
+                : offset < layout.slots_begin()  ? "before"
+                                                 : "slots";
   };
-  put("flags", layout.flag_bytes() - 1);
+  put("flags", layout.kernel_words_begin() - 1);
+  put("kernel_words", layout.kernel_words_begin());
   put("counts", layout.counts(kPhase, 1, 1));
   put("counts_send", layout.counts_send(proto::Phase::kCombine, 1, 1) + layout.counts_bytes() - 1);
   put("ring", layout.ring_slot(kPhase, 1, 0));

@@ -89,7 +89,7 @@ class Device {
 
 // The one symbol of a device library: device `index` for this process, or null and a reason in `error`. `abi` is the
 // caller's kDeviceAbi; a library of another one refuses.
-inline constexpr std::uint32_t kDeviceAbi = 4;
+inline constexpr std::uint32_t kDeviceAbi = 5;
 inline constexpr char kOpenDeviceSymbol[] = "moe_efa_open_device";
 using OpenDevice = Device* (*)(std::uint32_t abi, int index, char* error, std::size_t error_bytes);
 

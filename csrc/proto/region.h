@@ -1,5 +1,6 @@
 // The layout of a rank's region, which its node mates map and its rail peers write: words and counts first, then slots.
-// Both lie in one block, or the slots in memory of their own (a GPU's), at the same offsets.
+// Both lie in one block, or the slots in memory of their own (a GPU's), at the same offsets; words that only kernels
+// read then have a second place there, behind the slots.
 // Every size and offset is computed here and nowhere else; all ranks compute the same ones (I15), once (I9).
 #pragma once
 
@@ -13,6 +14,7 @@
 namespace moe_efa::proto {
 
 inline constexpr std::uint64_t kLineBytes = 64;
+inline constexpr std::uint64_t kDevicePageBytes = 64 << 10;  // in which memory of a GPU is mapped for others
 
 struct LayoutConfig {
   std::uint32_t num_nodes = 1;
@@ -64,12 +66,13 @@ class RegionLayout {
     std::uint64_t ring_slots = std::uint64_t{remote_nodes} * config.slots + config.own_slots;
     begun_ = take(kNumPhases * kLineBytes);
     doorbell_ = take(kLineBytes);
-    send_free_ = take(kNumPhases * nodes * kLineBytes);
     retired_ = take(kNumPhases * kLineBytes);
     released_ = take(kNumPhases * nodes * mates * kLineBytes);
+    counts_ready_ = take(kNumPhases * nodes * 2 * kLineBytes);
+    kernel_words_begin_ = end;
+    send_free_ = take(kNumPhases * nodes * kLineBytes);
     published_ = take(mates * nodes * kLineBytes);
     consumed_ = take(nodes * kLineBytes);
-    counts_ready_ = take(kNumPhases * nodes * 2 * kLineBytes);
     arrived_ = take(kNumPhases * ring_slots * kFlagBytes);
     flag_bytes_ = end;
     counts_ = take(kNumPhases * 2 * nodes * counts_bytes_);
@@ -88,6 +91,19 @@ class RegionLayout {
   constexpr std::uint64_t flag_bytes() const { return flag_bytes_; }  // words at the start, zero at birth
   // Where words and counts, which CPUs read and write, end and the slots begin.
   constexpr std::uint64_t slots_begin() const { return ring_[0]; }
+  // Words up to flag_bytes() that only kernels read, whoever writes them: send_free, published, consumed, arrived.
+  constexpr std::uint64_t kernel_words_begin() const { return kernel_words_begin_; }
+  constexpr bool only_kernels_read(std::uint64_t offset) const {
+    return offset >= kernel_words_begin_ && offset < flag_bytes_;
+  }
+  // Their place behind slots in a GPU's memory, from the first slot on: pages of their own, so that whoever maps them,
+  // or registers the slots, reaches nothing else.
+  constexpr std::uint64_t kernel_words_at() const {
+    return common::round_up<std::uint64_t>(total_bytes_ - slots_begin(), kDevicePageBytes);
+  }
+  constexpr std::uint64_t kernel_words_bytes() const {
+    return common::round_up<std::uint64_t>(flag_bytes_ - kernel_words_begin_, kDevicePageBytes);
+  }
   constexpr std::uint64_t slot_bytes(Phase phase) const {
     return phase == Phase::kDispatch ? dispatch_slot_bytes_ : combine_slot_bytes_;
   }
@@ -175,7 +191,8 @@ class RegionLayout {
   std::uint32_t own_node_;
   std::uint64_t dispatch_slot_bytes_ = 0, combine_slot_bytes_ = 0, publish_slot_bytes_ = 0, counts_bytes_ = 0;
   std::uint64_t begun_ = 0, doorbell_ = 0, send_free_ = 0, retired_ = 0, released_ = 0, published_ = 0, consumed_ = 0;
-  std::uint64_t counts_ready_ = 0, arrived_ = 0, flag_bytes_ = 0, counts_ = 0, counts_send_ = 0;
+  std::uint64_t counts_ready_ = 0, arrived_ = 0, kernel_words_begin_ = 0, flag_bytes_ = 0;
+  std::uint64_t counts_ = 0, counts_send_ = 0;
   std::uint64_t ring_[2] = {0, 0}, send_[2] = {0, 0}, publish_ = 0, total_bytes_ = 0;
 };
 
@@ -185,6 +202,7 @@ struct NodeView {
   RegionLayout layout;
   std::byte* const* regions = nullptr;     // [node_size], indexed by local rank: words and counts
   std::byte* const* slot_bases = nullptr;  // RegionMemory::slot_base() of each; null: the slots lie in the regions
+  std::byte* const* kernel_word_bases = nullptr;  // RegionMemory::kernel_word_base() of each; null: in the regions
 
   constexpr std::byte* region(std::uint32_t local) const { return regions[local]; }
   constexpr std::byte* own() const { return regions[topology.local_rank()]; }
@@ -193,8 +211,15 @@ struct NodeView {
     return slot_bases != nullptr ? slot_bases[local] : regions[local];
   }
   constexpr std::byte* own_slots() const { return slots(topology.local_rank()); }
+  // Where the offsets of words count from that only kernels read.
+  constexpr std::byte* kernel_words(std::uint32_t local) const {
+    return kernel_word_bases != nullptr ? kernel_word_bases[local] : regions[local];
+  }
+  constexpr std::byte* own_kernel_words() const { return kernel_words(topology.local_rank()); }
+  // Any word.
   std::uint64_t* word(std::uint32_t local, std::uint64_t offset) const {
-    return reinterpret_cast<std::uint64_t*>(regions[local] + offset);
+    std::byte* base = layout.only_kernels_read(offset) ? kernel_words(local) : regions[local];
+    return reinterpret_cast<std::uint64_t*>(base + offset);
   }
   std::uint64_t* own_word(std::uint64_t offset) const { return word(topology.local_rank(), offset); }
 };

@@ -12,6 +12,8 @@ struct RegionMemory {
   std::byte* slots = nullptr;  // what lies at offset slots_begin; null: all is in `region`
   std::uint64_t slots_begin = 0;
   std::uint64_t bytes = 0;  // of both together
+  // Where the offsets of words count from that only kernels read, and no rail touches; null: they are in `region`.
+  std::byte* kernel_words = nullptr;
 
   // Where the part ends that `offset` is in.
   std::uint64_t end_of(std::uint64_t offset) const {
@@ -31,6 +33,7 @@ struct RegionMemory {
     if (slots == nullptr) return region;
     return reinterpret_cast<std::byte*>(reinterpret_cast<std::uintptr_t>(slots) - slots_begin);
   }
+  std::byte* kernel_word_base() const { return kernel_words == nullptr ? region : kernel_words; }
 };
 
 }  // namespace moe_efa::proto

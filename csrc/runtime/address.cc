@@ -71,6 +71,7 @@ std::string Address::encode() const {
   put_bytes(out, segment.data(), segment.size());
   put(out, segment_bytes);
   put_bytes(out, slots.data(), slots.size());
+  put(out, static_cast<std::uint32_t>(kernel_words));
   put(out, static_cast<std::uint32_t>(rails.size()));
   for (const auto& rail : rails) put_bytes(out, rail.data(), rail.size());
   return out;
@@ -90,6 +91,9 @@ Address Address::decode(const std::string& bytes) {
   address.segment_bytes = reader.take_value<std::uint64_t>();
   address.slots = reader.take();
   if (address.slots.size() > kMostSlotsBytes) reader.fail();
+  auto kernel_words = reader.take_value<std::uint32_t>();
+  if (kernel_words > 1) reader.fail();
+  address.kernel_words = kernel_words == 1;
   auto num_rails = reader.take_value<std::uint32_t>();
   for (std::uint32_t i = 0; i < num_rails; ++i) {
     std::string rail = reader.take();

@@ -17,6 +17,8 @@ struct Address {
   std::string segment;  // shared memory that holds the region
   std::uint64_t segment_bytes = 0;
   std::string slots;  // Device::export_memory() of slots that lie apart; empty: they do not, or nobody could reach them
+  // May words that only kernels read lie behind those slots?
+  bool kernel_words = false;
   std::vector<std::vector<std::byte>> rails;  // one opaque address per NIC
 
   std::string encode() const;

@@ -43,6 +43,7 @@ struct GroupConfig {
   std::uint32_t slots = 0;          // 0 = derived from the budget
   std::string device_library;       // path of the library that runs the kernels; empty = the CPU's
   std::int32_t device_index = 0;    // on this host
+  std::string gdrcopy;              // path of its library; empty = search; kNoGdrcopy
   // For tests: the rails reorder, with these faults (transport/reorder_rail.h).
   bool reorder = false;
   std::uint64_t reorder_seed = 0;
@@ -51,6 +52,7 @@ struct GroupConfig {
   std::int32_t reorder_drop_nic = -1;  // all
 };
 
+inline constexpr char kNoGdrcopy[] = "off";
 inline constexpr std::uint32_t kWritesPerNic = 64;  // own writes in flight
 inline constexpr std::uint32_t kMaxNics = 32;       // per rank
 

@@ -80,7 +80,8 @@ Group::Group(const GroupConfig& config, std::shared_ptr<kernels::Device> device)
   regions_[topology.local_rank()] = segment_.data();
   slot_bases_.assign(topology.node_size, nullptr);
   slot_bases_[topology.local_rank()] = slots_.memory(segment_.data()).slot_base();
-  view_ = {topology, layout_, regions_.data(), slot_bases_.data()};
+  kernel_word_bases_.assign(topology.node_size, nullptr);
+  view_ = {topology, layout_, regions_.data(), slot_bases_.data(), kernel_word_bases_.data()};
   liveness_ = std::make_unique<transport::Liveness>(
       transport::LivenessConfig{rank, config_.listen_host, config_.job_key, config_.heartbeat_timeout_s});
   if (topology.num_nodes() > 1) make_rails();
@@ -108,6 +109,7 @@ void Group::make_rails() {
   pump_config.post_timeout_s = config_.timeout_s;
   pump_config.doorbell = &doorbell_;
   if (slots_.wants_flush()) pump_config.flush = [this] { slots_.flush(); };
+  pump_config.through_window = slots_.kernel_words_window() != nullptr;
   pump_config.peer_left = [this](std::uint32_t rank, bool wait) { return peer_left(rank, wait); };
   pump_ = std::make_unique<transport::Pump>(*engine_, view_, raw, *descriptors_, pump_config);
   driver_ = std::make_unique<Driver>(*engine_, *pump_, !crowded_, [this](const Status& status) {
@@ -141,6 +143,7 @@ std::string Group::address() const {
   address.segment = segment_.name();
   address.segment_bytes = segment_.size();
   address.slots = slots_.exported();
+  address.kernel_words = slots_.has_kernel_words();
   for (const auto& rail : rails_) address.rails.push_back(rail->local_address());
   return address.encode();
 }
@@ -183,6 +186,7 @@ void Group::connect(const std::vector<std::string>& encoded) {
     regions_[mate] = mate_segments_.back().data();
     slot_bases_[mate] = slots_.memory(regions_[mate], address.slots).slot_base();
   }
+  place_kernel_words(addresses);
   for (std::uint32_t node = 0; node < topology.num_nodes(); ++node) {
     if (node == topology.node()) continue;
     for (std::size_t nic = 0; nic < rails_.size(); ++nic) {
@@ -849,6 +853,7 @@ GroupInfo Group::info() const {
   info.num_threads = static_cast<std::uint32_t>(pool_.width());
   if (device_) info.device = device_->facts().name;
   info.buffers = config_.buffers;
+  info.flags = kernel_words_apart_ ? "device" : "host";
   return info;
 }
 

@@ -114,6 +114,7 @@ struct GroupInfo {
   std::uint32_t num_threads = 1;
   std::string device;   // that runs the kernels; empty = the CPU
   std::string buffers;  // where slots are: "host" | "device"
+  std::string flags;    // where words are that only kernels read: the same
 };
 
 class Group {
@@ -225,6 +226,7 @@ class Group {
   void check_patience(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting, double idle_s,
                       bool* warned);
   common::Status peer_failure(proto::Phase phase, std::int64_t epoch, const kernels::Waiting& waiting) const;
+  void place_kernel_words(const std::vector<Address>& addresses);
   void open_device_state();
   void stop_kernels();
   void close_device();
@@ -250,7 +252,8 @@ class Group {
   SlotMemory slots_;
   transport::Segment segment_;  // own region, where mates or shared-memory rails map it
   std::vector<transport::Segment> mate_segments_;
-  std::vector<std::byte*> regions_, slot_bases_;  // [node_size]
+  std::vector<std::byte*> regions_, slot_bases_, kernel_word_bases_;  // [node_size]
+  bool kernel_words_apart_ = false;
   proto::NodeView view_;
   FutexDoorbell doorbell_{view_};
   kernels::RankState state_;

@@ -19,6 +19,26 @@ constexpr double kStopS = 5;  // for kernels to leave
 
 }  // namespace
 
+// Words that only kernels read lie in memory of the GPUs, beside the slots, if every rank of the node can have them
+// there: all or none, since mates read each other's.
+void Group::place_kernel_words(const std::vector<Address>& addresses) {
+  const proto::Topology& topology = config_.topology;
+  std::copy(regions_.begin(), regions_.end(), kernel_word_bases_.begin());
+  if (!slots_.apart()) return;
+  std::string missing = slots_.no_window();
+  for (std::uint32_t mate = 0; slots_.has_kernel_words() && mate < topology.node_size; ++mate) {
+    std::uint32_t rank = topology.rank_of(topology.node(), mate);
+    if (!addresses[rank].kernel_words) missing = "rank " + std::to_string(rank) + " has no GDRCopy";
+  }
+  kernel_words_apart_ = slots_.has_kernel_words() && missing.empty();
+  if (!missing.empty()) {
+    common::log_line("note", static_cast<int>(topology.rank), "kernels poll for arrivals in host memory: " + missing);
+  }
+  if (!kernel_words_apart_) return;
+  std::fill(kernel_word_bases_.begin(), kernel_word_bases_.end(), nullptr);  // the CPU reads none
+  kernel_word_bases_[topology.local_rank()] = slots_.kernel_words_window();
+}
+
 // After the mates' memory is mapped.
 void Group::open_device_state() {
   std::vector<proto::RegionMemory> seen;  // by kernels
@@ -29,6 +49,7 @@ void Group::open_device_state() {
     if (slots_.apart()) memory.slots = slot_bases_[mate] + layout_.slots_begin();
     memory.slots_begin = layout_.slots_begin();
     memory.bytes = layout_.total_bytes();
+    if (kernel_words_apart_) memory.kernel_words = slots_.kernel_words(slot_bases_[mate]);
   }
   device_state_ = std::make_unique<kernels::device::State>(
       device_, view_, seen,

@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include "common/check.h"
 #include "common/status.h"
+#include "kernels/device/launch.h"
 #include "kernels/device/state.h"
 
 namespace moe_efa::runtime {
@@ -10,6 +12,7 @@ namespace moe_efa::runtime {
 namespace {
 
 constexpr char kCuda[] = "cuda";
+constexpr double kCopyPatienceS = 60;  // for a word
 
 [[noreturn]] void refuse(const std::string& text) {
   throw common::StatusError({common::StatusCode::kConfig, -1, -1, -1, -1, text});
@@ -57,12 +60,14 @@ SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& lay
   check(config, device_.get());
   if (config.buffers == "host") return;
   std::uint64_t bytes = layout_.total_bytes() - layout_.slots_begin();
-  slots_ = static_cast<std::byte*>(device_->allocate(bytes));
+  slots_ = static_cast<std::byte*>(device_->allocate(layout_.kernel_words_at() + layout_.kernel_words_bytes()));
+  wants_window_ = config.topology.num_nodes() > 1;
   try {
     if (device_->facts().shares_memory) exported_ = device_->export_memory(slots_);
     if (config.transport == "libfabric" && device_->facts().dma_buf) {
       dmabuf_fd_ = device_->dma_buf(slots_, bytes, &dmabuf_offset_);
     }
+    if (wants_window_ && config.gdrcopy != kNoGdrcopy) open_window(config.gdrcopy);
   } catch (...) {
     release();
     throw;
@@ -71,7 +76,33 @@ SlotMemory::SlotMemory(const GroupConfig& config, const proto::RegionLayout& lay
 
 SlotMemory::~SlotMemory() { release(); }
 
+// A window that leads elsewhere would let every wait of a kernel run into its deadline, so that the device leaves a
+// mark, where a word's line has nothing else, and it has to be seen through the window.
+void SlotMemory::open_window(const std::string& library) {
+  constexpr std::size_t kMarkAt = sizeof(std::uint64_t);
+  std::byte* words = slots_ + layout_.kernel_words_at();
+  try {
+    auto* mark = static_cast<std::uint64_t*>(device_->allocate_host(sizeof(std::uint64_t)));
+    const std::uint64_t value = *mark = reinterpret_cast<std::uintptr_t>(words) ^ 0x6d6f655f656661;
+    {
+      kernels::device::Launch copied(*device_, proto::Phase::kDispatch, device_->own_stream(0), true);
+      device_->copy(words + kMarkAt, mark, sizeof(value), copied.stream());
+      copied.queued();
+      MOE_EFA_CHECK(copied.wait_quiet(kCopyPatienceS), "the GPU did not copy a word in " << kCopyPatienceS << " s");
+    }
+    device_->free_host(mark);
+    auto window = std::make_unique<GdrWindow>(library, words, layout_.flag_bytes() - layout_.kernel_words_begin());
+    if (common::load_acquire(reinterpret_cast<std::uint64_t*>(window->data() + kMarkAt)) != value) {
+      refuse("GDRCopy maps other memory than it was given");
+    }
+    window_ = std::move(window);
+  } catch (const common::StatusError& error) {
+    no_window_ = error.what();
+  }
+}
+
 void SlotMemory::release() {
+  window_.reset();
   close_imports();
   if (dmabuf_fd_ >= 0) ::close(dmabuf_fd_);
   if (slots_ != nullptr) kernels::device::quietly([&] { device_->free(slots_); });

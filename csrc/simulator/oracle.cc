@@ -51,7 +51,9 @@ Oracle::Oracle(const Workload& world, const Profile& profile, std::vector<proto:
 
 std::uint64_t Oracle::word(std::uint32_t rank, std::uint64_t offset) const {
   std::uint64_t value;
-  std::memcpy(&value, regions_[rank].at(offset), sizeof(value));
+  const proto::RegionMemory& memory = regions_[rank];
+  const std::byte* base = layouts_[0].only_kernels_read(offset) ? memory.kernel_word_base() : memory.region;
+  std::memcpy(&value, base + offset, sizeof(value));
   return value;
 }
 

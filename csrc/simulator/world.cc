@@ -69,11 +69,19 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     memory.bytes = layout.total_bytes();
     memory.slots_begin = layout.slots_begin();
     memory.region = allocate(work_.slots_apart ? memory.slots_begin : memory.bytes);
-    if (work_.slots_apart) memory.slots = allocate(memory.bytes - memory.slots_begin);
     std::memset(memory.region, 0, layout.flag_bytes());
+    if (work_.slots_apart) {
+      memory.slots = allocate(memory.bytes - memory.slots_begin);
+      // The words that only kernels read as well; those of the region stay zero then, for which nobody waits.
+      std::uint64_t begin = layout.kernel_words_begin(), bytes = layout.flag_bytes() - begin;
+      std::byte* words = allocate(bytes);
+      std::memset(words, 0, bytes);
+      memory.kernel_words = words - begin;
+    }
     regions_.push_back(memory);
     region_pointers_.push_back(memory.region);
     slot_bases_.push_back(memory.slot_base());
+    kernel_word_bases_.push_back(memory.kernel_word_base());
   }
   oracle_ = std::make_unique<Oracle>(work_, profile_, regions_, trace_);
   NetworkConfig config;
@@ -91,7 +99,7 @@ World::World(const Profile& profile, std::uint64_t seed, std::uint32_t num_ranks
     std::uint32_t node = rank.topology.node();
     std::size_t first_mate = std::size_t{node} * work_.node_size;
     rank.view = {rank.topology, proto::RegionLayout(work_.layout, node), region_pointers_.data() + first_mate,
-                 work_.slots_apart ? slot_bases_.data() + first_mate : nullptr};
+                 work_.slots_apart ? slot_bases_.data() + first_mate : nullptr, kernel_word_bases_.data() + first_mate};
     network_->attach(r, regions_[r]);
     rank.engine = std::make_unique<engine::Engine>(engine::EngineConfig{rank.topology, work_.layout, work_.num_nics,
                                                                         work_.max_writes_per_nic, rank.view.own(),

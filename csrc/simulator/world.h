@@ -68,7 +68,7 @@ class World {
   Reference reference_;
   std::vector<std::vector<std::byte>> memory_;
   std::vector<proto::RegionMemory> regions_;
-  std::vector<std::byte*> region_pointers_, slot_bases_;
+  std::vector<std::byte*> region_pointers_, slot_bases_, kernel_word_bases_;
   std::unique_ptr<Oracle> oracle_;
   std::unique_ptr<Network> network_;
   std::vector<std::unique_ptr<RankWorld>> ranks_;

@@ -147,6 +147,12 @@ void Pump::apply_actions() {
   const proto::RegionLayout& layout = view_.layout;
   auto is_chunk = [](const Action& action) { return action.kind == Action::Kind::kChunkArrived; };
   if (config_.flush && std::any_of(engine_.actions().begin(), engine_.actions().end(), is_chunk)) config_.flush();
+  // Through a window a flag reaches the GPU behind the chunk that it tells of: the NIC wrote that before the completion
+  // which this thread has seen, and on the way into a device no posted write passes an earlier one. (One with the
+  // relaxed-ordering bit may: a NIC's among each other, before their completion. A CPU's has it not.) Whether kernels,
+  // of this GPU or of others, see writes in the order in which they came in is the device's affair; where it is not
+  // said to be so, the flush above comes between. What a rail has copied by the CPU leaves it before the flag does.
+  if (config_.through_window) common::store_fence();
   for (const Action& action : engine_.actions()) {
     switch (action.kind) {
       case Action::Kind::kChunkArrived:
@@ -167,6 +173,7 @@ void Pump::apply_actions() {
         break;
     }
   }
+  if (config_.through_window) common::store_fence();  // now, and not when the CPU likes
   engine_.actions().clear();
   if (config_.doorbell != nullptr) config_.doorbell->ring_all();
 }

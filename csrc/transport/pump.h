@@ -23,6 +23,8 @@ struct PumpConfig {
   common::Doorbell* doorbell = nullptr;  // rung when flags have changed; null: nobody sleeps
   // Makes what NICs have written visible to a GPU's kernels: called before arrivals are flagged. Null: it is.
   std::function<void()> flush;
+  // The words that only kernels read are stored through a window onto a GPU's memory, which gathers stores.
+  bool through_window = false;
   double post_timeout_s = 600.0;  // a write that no rail accepts for so long fails its peer (I5)
 };
 

@@ -76,8 +76,11 @@ class NativeTests:
         return target
 
     def _library(self, test: Path) -> None:
-        """What test_a.cc opens at run time: a_stand_in.so beside the program, where its source has an a_stand_in.cc."""
-        source = test.with_name(f"{test.stem.removeprefix('test_')}_stand_in.cc")
+        """What test_a.cc opens at run time: a_stand_in.so beside the program, where its source has an a_stand_in.cc.
+
+        So does test_a_threads.cc.
+        """
+        source = test.with_name(f"{test.stem.removeprefix('test_').removesuffix('_threads')}_stand_in.cc")
         if (ROOT / source).exists():
             (library,) = self._compile([source], "-fPIC", "-fvisibility=hidden")
             target = self.folder / source.with_suffix(".so")

@@ -15,6 +15,7 @@ from moe_efa.testing.device_ranks import DeviceRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [path.relative_to(ROOT) for path in sorted((ROOT / "tests/csrc/device").glob("*.cc"))]
+GDRCOPY_SOURCE = Path("tests/csrc/runtime/gdrcopy_stand_in.cc")
 FOLDER = ROOT / "build" / "device-tests"
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra"]
 
@@ -24,8 +25,21 @@ def device_library(build: ModuleType) -> Path | None:
     """The library that plays the GPU; None where there is one."""
     if torch.cuda.is_available() and device.CUDA_LIBRARY.exists():
         return None
-    objects = build.ObjectCompiler(FOLDER).compile(SOURCES, dict.fromkeys(SOURCES, FLAGS))
-    target = FOLDER / "libemulated_device.so"
+    return shared_library(build, SOURCES, "libemulated_device.so")
+
+
+@pytest.fixture(scope="session")
+def gdrcopy_library(build: ModuleType) -> Path:
+    """The library that plays GDRCopy."""
+    if torch.cuda.is_available():
+        pytest.skip("it maps memory of the device that host threads play")
+    return shared_library(build, [GDRCOPY_SOURCE], "libgdrapi.so")
+
+
+def shared_library(build: ModuleType, sources: list[Path], name: str) -> Path:
+    """Compiles what changed, and links it."""
+    objects = build.ObjectCompiler(FOLDER).compile(sources, dict.fromkeys(sources, FLAGS))
+    target = FOLDER / name
     partial = FOLDER / f"partial-{os.getpid()}.so"
     command = [*build.compiler(), "-shared", *map(str, objects), "-o", str(partial), "-pthread"]
     subprocess.run(command, check=True)

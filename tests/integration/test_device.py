@@ -5,6 +5,7 @@ same runtime, kernels' bodies and plans, streams as threads). Results are compar
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import os
@@ -44,6 +45,40 @@ def on_cpu(case: Case) -> list[dict[str, Tensor]]:
 def test_every_call_gives_the_bits_of_the_cpu(case: Case, ranks: DeviceRanks) -> None:
     found = ranks.spawn(device_rounds.run, case.num_ranks, case, DEVICE)
     device_rounds.assert_same(found, on_cpu(case), torch_sums_alike=not GPU)
+
+
+def flags_and_bits(
+    rank: int, group: dist.ProcessGroup, case: Case, device: str, gdrcopy: list[str], fails: dict[int, str]
+) -> tuple[str, int, dict[str, Tensor]]:
+    """Where a rank's flags are, how many were stored through GDRCopy, and what its calls give."""
+    os.environ["MOE_EFA_GDRCOPY"] = gdrcopy[rank]
+    os.environ["GDR_STAND_IN_FAILS"] = fails.get(rank, "")
+    with case.open(group, device) as ep:
+        found = device_rounds.run(rank, group, case, device)  # in the same native group
+        stores = ctypes.CDLL(gdrcopy[rank]).gdr_stand_in_stores() if os.path.exists(gdrcopy[rank]) else 0
+        return str(ep.info()["flags"]), stores, found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("absent", "fails", "flags"),
+    [
+        ((), {}, ["device"] * 4),
+        ((0,), {}, ["host", "host", "device", "device"]),
+        ((), {2: "gdr_open", 1: "gdr_pin_buffer"}, ["host"] * 4),
+    ],
+    ids=["everywhere", "absent-on-a-rank", "of-no-use-on-a-rank-of-each-node"],
+)
+def test_flags_through_gdrcopy_give_the_bits_of_the_cpu(
+    absent: tuple[int, ...], fails: dict[int, str], flags: list[str], ranks: DeviceRanks, gdrcopy_library: Path
+) -> None:
+    case = CASES[3]
+    libraries = ["/nonexistent/libgdrapi.so" if rank in absent else str(gdrcopy_library) for rank in range(4)]
+    found = ranks.spawn(flags_and_bits, case.num_ranks, case, DEVICE, libraries, fails)
+    assert [where for where, _, _ in found] == flags
+    for where, stores, _ in found:
+        assert (stores > 50) == (where == "device")  # a round has some chunks, and slots that come back
+    device_rounds.assert_same([tensors for _, _, tensors in found], on_cpu(case))
 
 
 def test_a_wrong_bit_is_seen() -> None:

@@ -83,6 +83,28 @@ def test_doctor_says_what_became_of_the_cuda_library(cuda, text, monkeypatch):
     assert text in line
 
 
+@pytest.mark.parametrize(
+    ("library", "text"),
+    [
+        (
+            "/nonexistent/libgdrapi.so",
+            "not used, arrivals are polled in host memory: GDRCopy's library is not found: /non",
+        ),
+        ("off", "not used, arrivals are polled in host memory: MOE_EFA_GDRCOPY is off"),
+        (_C.__file__, f"{_C.__file__} has no gdr_runtime_get_version"),
+    ],
+    ids=["absent", "off", "another-library"],
+)
+def test_doctor_says_what_became_of_gdrcopy(library, text, monkeypatch):
+    monkeypatch.setenv("MOE_EFA_GDRCOPY", library)
+    facts = doctor.examine()
+    (line,) = [line for line in doctor.format_table(facts).splitlines() if line.startswith("GDRCopy")]
+    assert text in line
+    assert doctor.find_problems(facts) == doctor.find_problems({**facts, "gdrcopy": None})  # it is never needed
+    found = {"usable": True, "path": "/opt/lib/libgdrapi.so.2", "version": "2.5", "error": ""}
+    assert "2.5 at /opt/lib/libgdrapi.so.2" in doctor.format_table({**facts, "gdrcopy": found})
+
+
 def test_cuda_library_that_is_none_is_refused_with_its_path(tmp_path):
     with pytest.raises(ConfigError, match=r"built without its CUDA library .*absent\.so.*MOE_EFA_CUDA=1"):
         device.facts(library=tmp_path / "absent.so")
@@ -152,6 +174,7 @@ def test_prefill_among_64_ranks_stays_within_one_gibibyte(preset, dtype, max_tok
     assert found["max_tokens"] == int((max_tokens or ["", "4096"])[1])
     assert found["registered_bytes"] <= 1 << 30
     assert sum(found["parts"].values()) == found["registered_bytes"]
+    assert 1 << 16 <= found["device_words_bytes"] <= found["parts"]["flags"] + (1 << 17)  # whole pages of 64 KiB
     assert found["chunk_rows"] == 64
     assert found["slots"] >= 2
 
@@ -240,7 +263,7 @@ def test_plan_knows_fp8(capsys):
 def test_plan_table_names_every_size(capsys):
     assert cli.main(["plan"]) == 0
     text = capsys.readouterr().out
-    for word in ("registered per rank", "chunk rows", "slots per ring", "completion queue"):
+    for word in ("registered per rank", "with rings on a GPU", "chunk rows", "slots per ring", "completion queue"):
         assert word in text
 
 

@@ -17,6 +17,7 @@ GETTERS = {
     "MOE_EFA_OUTPUT_CACHE_BYTES": env.output_cache_bytes,
     "MOE_EFA_DEVICE": env.device,
     "MOE_EFA_DEVICE_LIBRARY": env.device_library,
+    "MOE_EFA_GDRCOPY": env.gdrcopy,
     "MOE_EFA_REORDER": env.reorder,
 }
 VALUES = {
@@ -27,6 +28,7 @@ VALUES = {
     "MOE_EFA_OUTPUT_CACHE_BYTES": ("1048576", 1 << 20),
     "MOE_EFA_DEVICE": ("cuda", "cuda"),
     "MOE_EFA_DEVICE_LIBRARY": ("/tmp/libdevice.so", "/tmp/libdevice.so"),
+    "MOE_EFA_GDRCOPY": ("/opt/lib/libgdrapi.so", "/opt/lib/libgdrapi.so"),
     "MOE_EFA_REORDER": ("7,drop=1@100", env.Reorder(seed=7, drop_node=1, drop_after=100)),
 }
 

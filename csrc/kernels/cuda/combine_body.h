@@ -145,14 +145,14 @@ MOE_EFA_DEVICE void publish_body(Block& block, const CombineArgs& args, std::uin
           // What this rank forwards itself is added up there.
           [&](std::uint32_t i) { return i / nodes == own_local ? 0u : args.plan.rings[i].facts.num_chunks; },
           [&](std::uint32_t i, std::uint32_t chunk) {
-            std::uint64_t consumed = load_word(block, view.region(i / nodes), layout.consumed(i % nodes));
+            std::uint64_t consumed = load_word(block, view.kernel_words(i / nodes), layout.consumed(i % nodes));
             return args.publish_seq[i] + chunk < consumed + layout.config().publish_slots;
           },
           [&](std::uint32_t i, std::uint32_t chunk) {
             return fault_of(args, What::kConsumed, view.topology.rank_of(view.topology.node(), i / nodes),
                             args.publish_seq[i] + chunk,
                             args.publish_seq[i] + chunk + 1 - layout.config().publish_slots,
-                            load_word(block, view.region(i / nodes), layout.consumed(i % nodes)));
+                            load_word(block, view.kernel_words(i / nodes), layout.consumed(i % nodes)));
           },
           &shared.ring, &shared.chunk);
     }
@@ -168,12 +168,22 @@ MOE_EFA_DEVICE void publish_body(Block& block, const CombineArgs& args, std::uin
           block, args.ring_arrivals + ring.first_chunk, chunk, ring.facts.num_chunks, [](std::uint32_t) { return 1u; },
           [&](std::uint32_t done) {
             // Publishes the slot to the forwarder.
-            block.store_release(reinterpret_cast<std::uint64_t*>(view.own() + layout.published(local, node)),
+            std::uint64_t published = layout.published(local, node);
+            block.store_release(reinterpret_cast<std::uint64_t*>(view.own_kernel_words() + published),
                                 args.publish_seq[index] + done + 1);
           });
     }
   }
   leave_role(block, watch, num_blocks, args.next, args.plan.num_rings);
+}
+
+// forward: chunks towards a node whose slots may be filled again.
+template <class Block>
+MOE_EFA_DEVICE std::uint64_t slots_freed(Block& block, const proto::NodeView& view, std::uint32_t node) {
+  if (node != view.topology.node()) {
+    return load_word(block, view.own_kernel_words(), view.layout.send_free(kCombine, node));
+  }
+  return load_word(block, view.own(), view.layout.released(kCombine, node, view.topology.local_rank()));
 }
 
 // forward: is everything there for this chunk, and a slot to put it into?
@@ -183,12 +193,10 @@ MOE_EFA_DEVICE bool may_forward(Block& block, const CombineArgs& args, std::uint
   const proto::RegionLayout& layout = view.layout;
   std::uint32_t local = view.topology.local_rank();
   for (std::uint32_t mate = 0; mate < view.topology.node_size; ++mate) {
-    if (mate != local && load_word(block, view.region(mate), layout.published(local, node)) <= seq) return false;
+    if (mate != local && load_word(block, view.kernel_words(mate), layout.published(local, node)) <= seq) return false;
   }
   if (view.topology.num_nodes() == 1) return true;
-  std::uint64_t word =
-      node != view.topology.node() ? layout.send_free(kCombine, node) : layout.released(kCombine, node, local);
-  return seq < load_word(block, view.own(), word) + layout.ring_slots(node);
+  return seq < slots_freed(block, view, node) + layout.ring_slots(node);
 }
 
 template <class Block>
@@ -197,14 +205,12 @@ MOE_EFA_DEVICE Fault forward_fault(Block& block, const CombineArgs& args, std::u
   std::uint32_t local = view.topology.local_rank();
   for (std::uint32_t mate = 0; mate < view.topology.node_size; ++mate) {
     if (mate == local) continue;
-    std::uint64_t published = load_word(block, view.region(mate), view.layout.published(local, node));
+    std::uint64_t published = load_word(block, view.kernel_words(mate), view.layout.published(local, node));
     if (published > seq) continue;
     return fault_of(args, What::kPublished, view.topology.rank_of(view.topology.node(), mate), seq, seq + 1, published);
   }
-  std::uint64_t word = node != view.topology.node() ? view.layout.send_free(kCombine, node)
-                                                    : view.layout.released(kCombine, node, local);
   return fault_of(args, What::kCredit, view.topology.rail_peer(node), seq, seq + 1 - view.layout.ring_slots(node),
-                  load_word(block, view.own(), word));
+                  slots_freed(block, view, node));
 }
 
 // The pulls of one row of a chunk, which are in row order.
@@ -373,7 +379,7 @@ MOE_EFA_DEVICE void forward_body(Block& block, const CombineArgs& args, std::uin
             if (nodes > 1 && node == own_node) {
               // Publishes the chunk to this rank's own reduce.
               std::uint64_t arrived = layout.arrived(kCombine, node, at);
-              block.store_release(reinterpret_cast<std::uint64_t*>(view.own() + arrived), at + 1);
+              block.store_release(reinterpret_cast<std::uint64_t*>(view.own_kernel_words() + arrived), at + 1);
             } else if (nodes > 1) {
               ChunkReady* ready = args.ready + std::size_t{node} * config.slots + at % config.slots;
               ready->rows = facts.rows_in(done);
@@ -382,7 +388,8 @@ MOE_EFA_DEVICE void forward_body(Block& block, const CombineArgs& args, std::uin
               block.store_release(&ready->seq_plus_1, at + 1);  // publishes the chunk to the driver
             }
             // Gives the publish slots back to the mates.
-            block.store_release(reinterpret_cast<std::uint64_t*>(view.own() + layout.consumed(node)), at + 1);
+            std::uint64_t consumed = layout.consumed(node);
+            block.store_release(reinterpret_cast<std::uint64_t*>(view.own_kernel_words() + consumed), at + 1);
           });
     }
   }
@@ -414,7 +421,7 @@ MOE_EFA_DEVICE bool await_chunk(Block& block, const CombineArgs& args, const Wat
   std::uint32_t peer = view.topology.rail_peer(node);
   // Pairs with the release in forward (own node) or of the driver that saw the chunk land (I1).
   if (!wait_at_least(block, watch, seq + 1, fault_of(args, What::kChunk, peer, seq),
-                     [&] { return load_word(block, view.own(), arrived); })) {
+                     [&] { return load_word(block, view.own_kernel_words(), arrived); })) {
     return false;
   }
   const auto& header =

@@ -30,7 +30,8 @@ MOE_EFA_DEVICE bool wait_for_slot(Block& block, const PackArgs& args, std::uint3
   std::uint64_t least = seq - slots + 1;
   if (node != view.topology.node()) {
     std::uint64_t word = view.layout.send_free(proto::Phase::kDispatch, node);
-    return wait_at_least(block, args.watch, least, about, [&] { return load_word(block, view.own(), word); });
+    return wait_at_least(block, args.watch, least, about,
+                         [&] { return load_word(block, view.own_kernel_words(), word); });
   }
   for (std::uint32_t reader = 0; reader < view.topology.node_size; ++reader) {
     std::uint64_t word = view.layout.released(proto::Phase::kDispatch, node, reader);
@@ -103,7 +104,7 @@ MOE_EFA_DEVICE void publish_chunk(Block& block, const PackArgs& args, std::uint3
   if (node == view.topology.node()) {
     // Publishes the chunk to the mates, who read it out of this region (I1).
     std::uint64_t arrived = view.layout.arrived(proto::Phase::kDispatch, node, seq);
-    block.store_release(reinterpret_cast<std::uint64_t*>(view.own() + arrived), seq + 1);
+    block.store_release(reinterpret_cast<std::uint64_t*>(view.own_kernel_words() + arrived), seq + 1);
     return;
   }
   const RingFacts& facts = args.plan.send[node].facts;

@@ -294,7 +294,7 @@ MOE_EFA_DEVICE bool pull_chunk(Block& block, const PullArgs& args, PullPart part
       std::uint64_t arrived = view.layout.arrived(proto::Phase::kDispatch, part.node, part.seq);
       // Pairs with the release in pack (own node) or of the driver that saw the chunk land (I1).
       good = wait_at_least(block, args.watch, part.seq + 1, fault_of(block, args, part, What::kChunk),
-                           [&] { return load_word(block, view.region(part.local), arrived); });
+                           [&] { return load_word(block, view.kernel_words(part.local), arrived); });
       if (good) {
         shared.header = *reinterpret_cast<const proto::ChunkHeader*>(part.slot);
         good = check_header(block, args, part, shared.header);

@@ -71,19 +71,21 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
   stop_ = take_host<std::uint64_t>(1);
 
   std::size_t mates = memory.size();
-  std::byte** bases = take_host<std::byte*>(2 * mates);
+  std::byte** bases = take_host<std::byte*>(3 * mates);
   for (std::size_t mate = 0; mate < mates; ++mate) {
     bases[mate] = memory[mate].region;
     bases[mates + mate] = memory[mate].slot_base();
+    bases[2 * mates + mate] = memory[mate].kernel_word_base();
   }
-  std::byte** placed = take_device<std::byte*>(2 * mates);
+  std::byte** placed = take_device<std::byte*>(3 * mates);
   Launch copied(*device_, Phase::kDispatch, device_->own_stream(0), true);
-  device_->copy(placed, bases, 2 * mates * sizeof(*bases), copied.stream());
+  device_->copy(placed, bases, 3 * mates * sizeof(*bases), copied.stream());
   copied.queued();
   MOE_EFA_CHECK(copied.wait_quiet(kCopyPatienceS),
                 "the GPU did not copy " << mates << " addresses in " << kCopyPatienceS << " s");
   device_view_.regions = placed;
   device_view_.slot_bases = placed + mates;
+  device_view_.kernel_word_bases = placed + 2 * mates;
 }
 
 State::~State() {

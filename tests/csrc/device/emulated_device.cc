@@ -25,6 +25,7 @@ using kernels::cuda::kWarpSize;
 
 constexpr std::uint32_t kNumSms = 4;
 constexpr std::uint32_t kPlanWarps = 2;
+constexpr std::size_t kPageBytes = 64 << 10;  // memory begins where one does, as a GPU's
 
 [[noreturn]] void fail(const std::string& what) {
   throw common::StatusError({common::StatusCode::kInternal, -1, -1, -1, -1, "emulated device: " + what});
@@ -129,8 +130,15 @@ void EmulatedDevice::free_host(void* memory) { std::free(memory); }
 void* EmulatedDevice::allocate(std::size_t bytes) {
   int file = memfd_create("emulated-device", 0);
   if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) fail("no memory");
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  if (memory == MAP_FAILED) fail("no memory");
+  void* space = mmap(nullptr, bytes + kPageBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (space == MAP_FAILED) fail("no memory");
+  auto begin = reinterpret_cast<std::uintptr_t>(space), end = begin + bytes + kPageBytes;
+  std::uintptr_t aligned = common::round_up<std::uintptr_t>(begin, kPageBytes);
+  void* memory = reinterpret_cast<void*>(aligned);
+  if (mmap(memory, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED) fail("no memory");
+  std::uintptr_t behind = common::round_up<std::uintptr_t>(aligned + bytes, getpagesize());
+  if (aligned > begin) munmap(space, aligned - begin);
+  if (end > behind) munmap(reinterpret_cast<void*>(behind), end - behind);
   std::lock_guard lock(mutex_);
   memory_[memory] = {file, bytes};
   return memory;

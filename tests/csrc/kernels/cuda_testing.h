@@ -116,8 +116,12 @@ struct OneRank {
       std::fill_n(region.region, layout.flag_bytes(), std::byte{0});
       regions.push_back(region.region);
       slot_bases.push_back(region.slot_base());
+      // With words that only kernels read; those of the region stay zero then, for which nobody waits.
+      std::uint64_t begin = layout.kernel_words_begin(), bytes = layout.flag_bytes() - begin;
+      if (apart) region.kernel_words = memory.emplace_back(bytes, std::byte{0}).data() - begin;
+      kernel_words.push_back(region.kernel_word_base());
     }
-    view = {{nodes * 2, 2, node * 2}, layout, regions.data(), apart ? slot_bases.data() : nullptr};
+    view = {{nodes * 2, 2, node * 2}, layout, regions.data(), apart ? slot_bases.data() : nullptr, kernel_words.data()};
     topk = random_routing(tokens, config.top_k, 6 * nodes, routing, seed);
     for (std::size_t i = 0; i < topk.size(); ++i) weights.push_back(static_cast<float>(i % 7) / 8 + 0.1f);
     plan = kernels::cpu::build_send_plan({topk.data(), weights.data(), tokens, 1, 1}, view);
@@ -133,7 +137,7 @@ struct OneRank {
 
   proto::LayoutConfig config;
   std::vector<AlignedBytes> memory;
-  std::vector<std::byte*> regions, slot_bases;
+  std::vector<std::byte*> regions, slot_bases, kernel_words;
   proto::NodeView view;
   std::vector<std::int64_t> topk;
   std::vector<float> weights;
@@ -159,8 +163,11 @@ struct Incoming {
     num_pulls.assign(ranks, 0);
     for (std::uint32_t rank = 0; rank < ranks; ++rank) {
       std::uint32_t from_node = rank / 2, local = rank % 2, ring = local * config.num_nodes + from_node;
-      proto::NodeView view{
-          {ranks, 2, rank}, proto::RegionLayout(config, from_node), one.regions.data(), one.view.slot_bases};
+      proto::NodeView view{{ranks, 2, rank},
+                           proto::RegionLayout(config, from_node),
+                           one.regions.data(),
+                           one.view.slot_bases,
+                           one.view.kernel_word_bases};
       std::uint32_t tokens = routing == "random" ? 11 * rank : 30;  // rank 0 has none, but of two
       if (ranks == 2) tokens += 15;
       std::vector<std::int64_t> topk = random_routing(tokens, config.top_k, 3 * ranks, routing, seed + rank);

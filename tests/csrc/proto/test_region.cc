@@ -130,6 +130,45 @@ TEST_CASE("slots-may-lie-apart-at-the-same-offsets") {
   CHECK(view.own_slots() == words.data());
 }
 
+TEST_CASE("words-that-only-kernels-read-may-lie-behind-the-slots") {
+  LayoutConfig config;
+  config.num_nodes = 3;
+  config.node_size = 2;
+  RegionLayout layout(config, 1);
+  std::vector<std::uint64_t> theirs = {layout.send_free(Phase::kCombine, 2), layout.published(1, 2), layout.consumed(2),
+                                       layout.arrived(Phase::kDispatch, 0, 0), layout.arrived(Phase::kCombine, 1, 1)};
+  std::vector<std::uint64_t> others = {layout.begun(Phase::kCombine),
+                                       layout.doorbell(),
+                                       layout.retired(Phase::kDispatch),
+                                       layout.released(Phase::kCombine, 2, 1),
+                                       layout.counts_ready(Phase::kCombine, 2, 1),
+                                       layout.counts(Phase::kDispatch, 0, 0),
+                                       layout.ring_slot(Phase::kDispatch, 0, 0)};
+  std::vector<std::byte> words(layout.slots_begin()), apart(layout.flag_bytes() - layout.kernel_words_begin());
+  std::byte* regions[] = {nullptr, words.data()};
+  std::byte* bases[] = {nullptr, apart.data() - layout.kernel_words_begin()};
+  NodeView view{{6, 2, 3}, layout, regions, nullptr, bases};
+  auto place = [&](std::uint64_t offset) { return reinterpret_cast<std::byte*>(view.own_word(offset)); };
+  for (std::uint64_t offset : theirs) {
+    CHECK(layout.only_kernels_read(offset));
+    CHECK(place(offset) == apart.data() + (offset - layout.kernel_words_begin()));
+    CHECK(place(offset) == view.own_kernel_words() + offset);
+  }
+  for (std::uint64_t offset : others) {
+    CHECK(!layout.only_kernels_read(offset));
+    CHECK(place(offset) == words.data() + offset);
+  }
+  view.kernel_word_bases = nullptr;
+  for (std::uint64_t offset : theirs) CHECK(place(offset) == words.data() + offset);
+
+  // Behind the slots, in pages of their own.
+  CHECK(layout.kernel_words_at() % kDevicePageBytes == 0);
+  CHECK(layout.kernel_words_at() >= layout.total_bytes() - layout.slots_begin());
+  CHECK(layout.kernel_words_bytes() % kDevicePageBytes == 0);
+  CHECK(layout.kernel_words_bytes() >= apart.size());
+  CHECK(layout.kernel_words_bytes() < apart.size() + kDevicePageBytes);
+}
+
 TEST_CASE("region-slots-repeat-after-s") {
   LayoutConfig config;
   config.num_nodes = 3;

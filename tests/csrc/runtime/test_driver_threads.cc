@@ -50,7 +50,7 @@ struct Options {
 struct Regions {
   std::vector<std::vector<std::byte>> memory;
   std::vector<proto::RegionMemory> all;
-  std::vector<std::byte*> words, slots;  // of NodeView
+  std::vector<std::byte*> words, slots, kernel_words;  // of NodeView
 
   explicit Regions(const Workload& work) {
     const proto::RegionLayout layout(work.layout, 0);
@@ -59,10 +59,17 @@ struct Regions {
       one.slots_begin = layout.slots_begin();
       one.bytes = layout.total_bytes();
       one.region = allocate(work.slots_apart ? one.slots_begin : one.bytes);
-      if (work.slots_apart) one.slots = allocate(one.bytes - one.slots_begin);
       std::memset(one.region, 0, layout.flag_bytes());
+      if (work.slots_apart) {
+        one.slots = allocate(one.bytes - one.slots_begin);
+        std::uint64_t begin = layout.kernel_words_begin(), bytes = layout.flag_bytes() - begin;
+        std::byte* words_apart = allocate(bytes);
+        std::memset(words_apart, 0, bytes);
+        one.kernel_words = words_apart - begin;
+      }
       words.push_back(one.region);
       slots.push_back(one.slot_base());
+      kernel_words.push_back(one.kernel_word_base());
     }
   }
 
@@ -97,7 +104,8 @@ class Rank {
         topology_{stage.work.num_ranks, stage.work.node_size, rank},
         view_{topology_, proto::RegionLayout(stage.work.layout, topology_.node()),
               regions.words.data() + std::size_t{topology_.node()} * stage.work.node_size,
-              regions.slots.data() + std::size_t{topology_.node()} * stage.work.node_size},
+              regions.slots.data() + std::size_t{topology_.node()} * stage.work.node_size,
+              regions.kernel_words.data() + std::size_t{topology_.node()} * stage.work.node_size},
         engine_({topology_, stage.work.layout, stage.work.num_nics, stage.work.max_writes_per_nic, view_.own(),
                  view_.own_slots()}),
         descriptors_(engine::max_descriptors(stage.work.layout)),

@@ -5,153 +5,23 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "../device/emulated_device.h"
-#include "group_testing.h"
+#include "device_rounds.h"
 #include "runtime/address.h"
 #include "runtime/group.h"
 #include "runtime/slot_memory.h"
 #include "transport/libfabric_loader.h"
 
 using namespace moe_efa;
+using namespace moe_efa::testing;
 using common::StatusCode;
 using common::StatusError;
-using runtime::Group;
-using runtime::GroupConfig;
-using testing::EmulatedDevice;
 
 namespace {
-
-constexpr std::uint32_t kHidden = 24, kTopK = 3, kExpertsPerRank = 2, kMostTokens = 20, kRounds = 4;
-
-std::string unique_key() {
-  static int serial = 0;
-  return "slot-memory-" + std::to_string(getpid()) + "-" + std::to_string(serial++);
-}
-
-transport::LibfabricSearch search() {
-  const char* library = std::getenv("MOE_EFA_LIBFABRIC");
-  return {library != nullptr ? library : "", {}};
-}
-
-GroupConfig config_of(std::uint32_t rank, std::uint32_t num_ranks, std::uint32_t node_size,
-                      const std::string& transport, const std::string& buffers, const std::string& job_key) {
-  GroupConfig config;
-  config.topology = {num_ranks, node_size, rank};
-  config.num_experts = num_ranks * kExpertsPerRank;
-  config.hidden_size = kHidden;
-  config.top_k = kTopK;
-  config.max_tokens_per_rank = kMostTokens;
-  config.transport = transport;
-  if (transport == "libfabric") config.provider = "tcp";
-  config.libfabric = search().library;
-  config.timeout_s = 60;
-  config.job_key = job_key;
-  config.ranks_on_host = num_ranks;
-  config.chunk_rows = 4;
-  config.slots = 3;  // most chunks wait for a credit
-  config.buffers = buffers;
-  return config;
-}
-
-// What a rank got, all rounds.
-struct Results {
-  std::vector<float> rows, weights, out;
-  bool operator==(const Results&) const = default;
-};
-
-Results run_rounds(Group& group, EmulatedDevice* device, std::uint32_t rank, std::uint32_t num_ranks) {
-  Results results;
-  std::uint32_t state = rank * 104729 + 1;
-  auto random = [&state] { return (state = state * 1664525u + 1013904223u) >> 8; };
-  for (std::uint32_t round = 0; round < kRounds; ++round) {
-    std::uint32_t tokens = round == 2 && rank == 1 ? 0 : kMostTokens - random() % 7;
-    std::vector<float> x(tokens * kHidden + 1), weights(tokens * kTopK + 1);
-    std::vector<std::int64_t> topk(tokens * kTopK + 1);
-    for (float& value : x) value = static_cast<float>(random() % 1000) / 7 - 70.0f;
-    for (float& value : weights) value = static_cast<float>(random() % 100) / 64.0f;
-    for (std::int64_t& expert : topk) {
-      expert = static_cast<std::int64_t>(random() % (num_ranks * kExpertsPerRank + 1)) - 1;
-      if (round == 1) expert = 2;  // one takes all
-      if (round == 3 && rank == 0) expert = -1;
-    }
-    runtime::DispatchRequest request;
-    request.x = x.data();
-    request.dtype = proto::DType::kFp32;
-    request.num_tokens = tokens;
-    request.topk_idx = topk.data();
-    request.topk_weights = weights.data();
-    std::vector<float> got, row_weights, out(tokens * kHidden + 1, -1.0f);
-    auto make_room = [&](const kernels::Plan& plan) {
-      got.assign(static_cast<std::size_t>(plan.rows()) * kHidden + 1, 0.0f);
-      row_weights.assign(static_cast<std::size_t>(plan.rows()) + 1, 0.0f);
-      return kernels::DispatchOutput{got.data(), row_weights.data(), nullptr, false};
-    };
-    runtime::CombineRequest combine;
-    combine.dtype = proto::DType::kFp32;
-    combine.out = out.data();
-    if (device == nullptr) {
-      combine.plan = group.dispatch_begin(request);
-      group.dispatch_finish(make_room(*combine.plan));
-      combine.y = got.data();
-      combine.weights = row_weights.data();
-      group.combine(combine);
-    } else {
-      void* send = request.send_memory = device->allocate(group.device_send_bytes(tokens));
-      void* plan = nullptr;
-      group.set_allocate([&](std::uint64_t, const runtime::DispatchSizes& sizes) {
-        combine.plan = sizes.plan;
-        plan = device->allocate(std::max<std::size_t>(sizes.plan_bytes, 1));
-        return runtime::DispatchMemory{make_room(*sizes.plan), plan};
-      });
-      group.finish(group.dispatch_start(request, nullptr));
-      combine.y = got.data();
-      combine.weights = row_weights.data();
-      group.finish(group.combine_start(combine));
-      group.synchronize();
-      device->free(send);
-      device->free(plan);
-    }
-    results.rows.insert(results.rows.end(), got.begin(), got.end());
-    results.weights.insert(results.weights.end(), row_weights.begin(), row_weights.end());
-    results.out.insert(results.out.end(), out.begin(), out.end());
-  }
-  return results;
-}
-
-struct Run {
-  std::vector<Results> results;  // by rank
-  std::vector<std::shared_ptr<EmulatedDevice>> devices;
-  std::string failure;
-};
-
-// `buffers` "": on the CPU.
-Run run_group(std::uint32_t num_ranks, std::uint32_t node_size, const std::string& transport,
-              const std::string& buffers, bool reorder) {
-  Run run;
-  run.results.resize(num_ranks);
-  std::vector<testing::RankOptions> ranks;
-  std::string key = unique_key();
-  for (std::uint32_t rank = 0; rank < num_ranks; ++rank) {
-    GroupConfig config = config_of(rank, num_ranks, node_size, transport, buffers.empty() ? "host" : buffers, key);
-    config.reorder = reorder;
-    config.reorder_seed = 11;
-    run.devices.push_back(buffers.empty() ? nullptr : std::make_shared<EmulatedDevice>(true));
-    ranks.push_back({config, run.devices.back()});
-  }
-  run.failure = testing::run_ranks(ranks, [&](Group& group, std::uint32_t rank) {
-    run.results[rank] = run_rounds(group, run.devices[rank].get(), rank, num_ranks);
-    group.close(true, 30);
-  });
-  return run;
-}
 
 StatusCode code_of(const std::function<void()>& body, std::string* message) {
   message->clear();
@@ -188,6 +58,8 @@ TEST_CASE("slots of a device give the same bits as slots of the region") {
       CHECK(cpu.results[rank] == device.results[rank]);
       CHECK(cpu.results[rank] == host.results[rank]);
       CHECK(!device.results[rank].rows.empty());
+      CHECK(host.flags[rank] == "host");
+      CHECK((device.flags[rank] == "device") == (c.transport == "none"));  // without a driver, kernels write all
       CHECK(host.devices[rank]->imports() == 0);
       CHECK(host.devices[rank]->flushes() == 0);
       CHECK(static_cast<std::size_t>(device.devices[rank]->imports()) == imports);
@@ -308,11 +180,13 @@ TEST_CASE("an address comes back as it was, and damaged ones are refused") {
   address.segment = "moe_efa-x";
   address.segment_bytes = 1 << 20;
   address.slots = std::string("any\0bytes", 9);
+  address.kernel_words = true;
   address.rails = {{std::byte{1}, std::byte{2}}, {}};
   const std::string good = address.encode();
   runtime::Address back = runtime::Address::decode(good);
   CHECK(back.encode() == good);
   CHECK(back.slots == address.slots);
+  CHECK(back.kernel_words);
   CHECK(back.rails == address.rails);
   std::string message;
   auto refused = [&](const std::string& bytes) {

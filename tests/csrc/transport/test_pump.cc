@@ -49,6 +49,8 @@ struct Bench {
   proto::RegionLayout layout;
   std::vector<std::byte> memory;
   std::byte* regions[1];
+  std::vector<std::byte> words;  // that only kernels read, where they lie apart
+  std::byte* word_bases[1];
   proto::NodeView view;
   std::optional<engine::Engine> engine;
   engine::DescriptorRing descriptors{16};
@@ -57,17 +59,20 @@ struct Bench {
   int flushes = 0;
   std::vector<std::uint64_t> told_before;  // arrived words that were there at a flush
 
-  Bench() {
+  explicit Bench(bool words_apart = false) {
     config.num_nodes = 2;
     config.slots = 8;
     layout = proto::RegionLayout(config, 0);
     memory.assign(layout.total_bytes() + 128, std::byte{0});
     auto address = reinterpret_cast<std::uintptr_t>(memory.data());
     regions[0] = memory.data() + (128 - address % 128) % 128;
-    view = {{2, 1, 0}, layout, regions};
+    words.assign(layout.flag_bytes(), std::byte{0});
+    word_bases[0] = words.data();
+    view = {{2, 1, 0}, layout, regions, nullptr, words_apart ? word_bases : nullptr};
     engine.emplace(engine::EngineConfig{view.topology, config, 2, 64, view.own(), nullptr, false});
     transport::PumpConfig pump_config;
     pump_config.events_per_poll = 2;
+    pump_config.through_window = words_apart;
     pump_config.flush = [this] {
       ++flushes;
       for (std::uint64_t seq = 0; seq < config.slots; ++seq) told_before.push_back(arrived(seq));
@@ -113,6 +118,20 @@ TEST_CASE("landings are flushed once per poll, before their words are stored") {
   CHECK(bench.flushes == 5);
   CHECK(bench.told_before[6] == 0);
   CHECK(bench.arrived(7) == 8);
+}
+
+TEST_CASE("arrivals are told where kernels look for them, which may be a window") {
+  for (bool apart : {false, true}) {
+    CAPTURE(apart);
+    Bench bench(apart);
+    bench.chunk(0, 0);
+    bench.step();
+    CHECK(bench.flushes == 1);  // also then
+    CHECK(bench.told_before[0] == 0);
+    std::uint64_t at = bench.layout.arrived(Phase::kDispatch, 1, 0);
+    CHECK(*reinterpret_cast<std::uint64_t*>(bench.words.data() + at) == (apart ? 1 : 0));
+    CHECK(*reinterpret_cast<std::uint64_t*>(bench.regions[0] + at) == (apart ? 0 : 1));
+  }
 }
 
 TEST_CASE("what lands in host memory, or nowhere, is not flushed") {
