@@ -261,11 +261,16 @@ TEST_CASE("results that an error cut short are no results") {
 
 TEST_CASE("a failed group ends kernels that wait, and the caller's next call raises soon") {
   World world;
+  std::atomic<bool> waits{false};
   std::string failure = testing::run_ranks(world.ranks, [&](Group& group, std::uint32_t rank) {
     Round& round = world.rounds[rank];
     round.dispatch(group, *world.devices[rank]);
-    if (rank == 0) return group.abort("enough");
-    round.combine(group);  // waits for rank 0, which does not come
+    if (rank == 0) {
+      require(comes_true(waits), "the other rank did not come to its combine");
+      return group.abort("enough");
+    }
+    round.combine(group);  // its kernels wait for rank 0, which does not come
+    waits = true;
     double begin = runtime::monotonic_s();
     try {
       group.synchronize();
