@@ -599,8 +599,10 @@ def _combine_grads_kernel(
 
 def _weight_grads_kernel(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
-    grads = torch.cat([(a.float() * b.float()).sum(-1) for a, b in zip(_blocks(grad_rows), _blocks(y), strict=True)])
     native_plan = plan_tensor.unwrap(plan, group)
+    if not hasattr(native_plan, "tables") and native_group.find(group).is_capturing():
+        raise ValueError("a graph holds gradients of topk_weights only if it holds the dispatch that they belong to")
+    grads = torch.cat([(a.float() * b.float()).sum(-1) for a, b in zip(_blocks(grad_rows), _blocks(y), strict=True)])
     if not grads.is_cpu or hasattr(native_plan, "tables"):
         return torch.where(_is_padding(native_plan, grads), 0.0, grads)
     offsets = native_plan.offsets

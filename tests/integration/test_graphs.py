@@ -103,6 +103,10 @@ def capture_what_cannot_be(rank: int, group: dist.ProcessGroup, case: Case, devi
             ep.dispatch(inputs[0], handle=d.handle)
         graph.replay()
         ep.combine(d.x, d.handle)
+        weights = inputs[2].clone().requires_grad_()
+        called = ep.dispatch(inputs[0], inputs[1], weights)  # its sizes are on the host, where no replay looks
+        with graph.capture(), pytest.raises(ValueError, match="gradients of topk_weights only if"):
+            torch.autograd.backward(ep.combine(called.x, called.handle).float().sum())
 
 
 def test_what_cannot_be_captured_is_refused_and_poisons_nothing(ranks: DeviceRanks) -> None:
