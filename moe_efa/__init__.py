@@ -42,8 +42,10 @@ if find_spec("moe_efa._C") is not None:
         return {"version": __version__, **libfabric.build_info(), "cuda": device.CUDA_LIBRARY.exists()}
 
 else:
+    _missing = [name for name in __all__ if name not in globals()]
+    __all__ = [name for name in __all__ if name not in _missing]
 
     def __getattr__(name: str) -> Any:
-        if name in __all__:
+        if name in _missing:
             raise ImportError(f"moe_efa.{name} needs the native extension moe_efa._C, which was not built")
         raise AttributeError(f"module 'moe_efa' has no attribute {name!r}")

@@ -230,7 +230,8 @@ class NativeGroup:
         }
         if self.is_capturing():
             args = self._combine_args(y, plan, **options)
-            self._record(lambda: self._native.record_combine(args), y, weights, weight_grads, out, topk_weight_grads)
+            memory = (y, weights, weight_grads, out, topk_weight_grads)
+            self._record(lambda: self._native.record_combine(args), *memory, plan=plan)
         elif self.on_device:
             self.finish(self.start_combine(y, plan, **options, alone=True))
         else:
@@ -244,6 +245,10 @@ class NativeGroup:
             return False
         with self._call():
             return self._native.capturing(device.current_stream(self.device))
+
+    def _check_halves(self, alone: bool) -> None:
+        if not alone and self.is_capturing():
+            raise RuntimeError("calls in halves and rounds in waves cannot be captured: call dispatch and combine")
 
     def _record_dispatch(
         self,
@@ -292,14 +297,20 @@ class NativeGroup:
         self._record(
             lambda: self._native.record_dispatch(call.args, out_ptr=_pointer(rows), scales_ptr=_pointer(scales)),
             *(x, rows, scales),
+            plan=plan,
         )
         return plan, rows, scales
 
-    def _record(self, record: Callable[[], Any], *memory: Tensor | None) -> Any:
-        """Put a call into the graph. Torch's graphs keep their memory; where a device is played nobody else would."""
+    def _record(self, record: Callable[[], Any], *memory: Tensor | None, plan: _C.Plan | None = None) -> Any:
+        """Put a call into the graph. Its memory is of the graph's pool; that of a plan from outside is kept here.
+
+        Where a device is played nobody else keeps any.
+        """
         with self._call():
             recorded = record()
             self._has_recorded = True
+            if plan is not None and not hasattr(plan, "tables"):
+                _kept_for_graphs.append(plan.memory)
             if self.device.type == "cpu":
                 _kept_for_graphs.append(memory)
             return recorded
@@ -327,6 +338,7 @@ class NativeGroup:
         Args:
             alone: the caller does nothing in between, so that on a device the kernels go to its stream.
         """
+        self._check_halves(alone)
         args = self._fresh_args(
             x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output, alone=alone
         )
@@ -341,6 +353,7 @@ class NativeGroup:
         self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = False
     ) -> StartedCall:
         """The first half of :meth:`replay`, or of :meth:`replay_fp8`; ``finish_dispatch`` is the second."""
+        self._check_halves(alone)
         args = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output, alone=alone)
         return self._start_dispatch(args, _dtype_of_rows(x, fp8_output), x)
 
@@ -358,6 +371,7 @@ class NativeGroup:
         alone: bool = False,
     ) -> StartedCall:
         """The first half of :meth:`combine`, into ``out`` [T, H] of y's dtype; ``finish`` is the second."""
+        self._check_halves(alone)
         args = self._combine_args(
             y,
             plan,
@@ -400,6 +414,8 @@ class NativeGroup:
     @nvtx.annotated("synchronize")
     def synchronize(self) -> None:
         """Until what finished calls have queued on a GPU is done. Raises what went wrong meanwhile."""
+        if self.is_capturing():
+            raise RuntimeError("synchronize() waits for the stream, which is being captured")
         with self._call():
             self._native.synchronize(device.current_stream(self.device))
 
@@ -512,8 +528,6 @@ class NativeGroup:
         unplaced: _Unplaced | None = None,
     ) -> StartedCall:
         started = StartedCall(dtype, self._dropped)
-        if self.is_capturing():
-            raise RuntimeError("calls in halves and rounds in waves cannot be captured: call dispatch and combine")
         with self._call():
             self._record_streams(memory)
             if self._has_recorded:
@@ -743,7 +757,7 @@ class NativeGroup:
                 raise cause from error  # here, and once; the others hear of it by the TransportError
 
 
-_kept_for_graphs: list[tuple[Tensor | None, ...]] = []  # see NativeGroup._record
+_kept_for_graphs: list[tuple[Tensor | None, ...]] = []  # see NativeGroup._record; graphs outlive groups
 
 
 def _dtype_of_rows(x: Tensor, fp8_output: bool) -> torch.dtype:

@@ -217,9 +217,6 @@ DispatchRequest make_dispatch(std::uintptr_t x_ptr, const std::string& dtype, st
   if (!plan && expert_alignment == 0) {
     throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "expert_alignment must be positive"});
   }
-  if (plan && !plan->complete && !plan->device_view) {  // a replay of a graph may be making it again
-    throw common::StatusError({common::StatusCode::kInvalid, -1, -1, -1, -1, "the plan's dispatch has not finished"});
-  }
   return {pointer<const void>(x_ptr),
           dtype_of(dtype),
           num_tokens,
@@ -400,7 +397,7 @@ void bind_group(py::module_& module) {
           py::arg("stream"), release())
       .def(
           "capturing", [](const Group& group, std::uintptr_t stream) { return group.capturing(pointer<void>(stream)); },
-          py::arg("stream"))
+          py::arg("stream"), release())
       .def("device_plan_bytes", &Group::device_plan_bytes, py::arg("capacity"))
       .def(
           "record_dispatch",

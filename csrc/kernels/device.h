@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace moe_efa::kernels {
@@ -80,6 +81,10 @@ class Device {
   virtual bool reached(Mark mark) = 0;
   virtual void wait_for(Stream stream, Mark mark) = 0;  // what is queued on the stream later comes after the mark
   virtual void release(Mark mark) = 0;
+
+  // While it lives, on this thread: what others do to the device that a capture by another thread would forbid is
+  // allowed, such as memory for an allocator. Null where nothing is forbidden.
+  virtual std::shared_ptr<void> beside_captures() = 0;
 
   // What NICs have written so far is seen by kernels that learn of it later.
   virtual void flush_writes() = 0;

@@ -456,7 +456,9 @@ Group::Prepared Group::prepare_dispatch(const DispatchRequest& request) {
          std::string("FP8 rows cannot be handed through: the wire's dtype is ") + proto::dtype_name(wire)});
   }
   std::shared_ptr<kernels::Plan> plan = request.plan;
-  MOE_EFA_CHECK(!plan || plan->complete, "a replay needs the plan of a finished dispatch");
+  if (plan && !plan->complete) {
+    throw StatusError({StatusCode::kInvalid, -1, -1, -1, -1, "the plan's dispatch has not finished"});
+  }
   if (!plan && device_) {
     plan = new_device_plan(request);
   } else if (!plan) {
@@ -657,7 +659,8 @@ void Group::stand_in(bool caller_waits) {
 
 void Group::settle_background() {
   bool anything = std::any_of(std::begin(moving_), std::end(moving_), [](const auto& calls) { return !calls.empty(); });
-  bool go_on = (anything || !recorded_.empty()) && !caller_waits_ && !failed_.load() && !liveness_->failed();
+  bool go_on = (anything || !recorded_.empty()) && !caller_waits_ && !failed_.load();
+  if (recorded_.empty()) go_on = go_on && !liveness_->failed();  // otherwise the background has to record it
   // A background that does not sleep steps the driver as well: one core serves both.
   bool enter = go_on && (recorded_.empty() || crowded_);
   if (driver_ && enter != driver_entered_) enter ? driver_->enter() : driver_->leave();

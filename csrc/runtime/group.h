@@ -240,6 +240,8 @@ class Group {
   void add_recording(std::unique_ptr<kernels::device::Recording> recording,
                      std::function<std::shared_ptr<StartedCall>(kernels::device::Recording&)> make_call);
   bool answer_gates();
+  bool answer_gate(std::size_t index);
+  void check_replayed(const kernels::Plan& plan, proto::Phase phase) const;
   bool replays_run() const;
   void check_replays();
   std::vector<std::uint32_t> neighbours() const;
@@ -276,8 +278,10 @@ class Group {
   struct Recorded {
     std::unique_ptr<kernels::device::Recording> recording;
     std::function<std::shared_ptr<StartedCall>(kernels::device::Recording&)> make_call;
+    std::shared_ptr<StartedCall> call;  // of the last replay
   };
   std::deque<Recorded> recorded_;                    // calls in graphs; under calls_mutex_, added to by callers alone
+  std::size_t expected_ = 0, looked_at_ = 0;         // of them: the next to be replayed, and see answer_gates()
   std::vector<std::shared_ptr<StartedCall>> stuck_;  // after an error: their kernels have not left
 
   std::optional<kernels::cpu::DispatchCall> dispatch_;

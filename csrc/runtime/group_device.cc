@@ -180,6 +180,7 @@ bool Group::place_dispatch() {
   DispatchMemory memory;
   liveness_->set_away(true);
   try {
+    std::shared_ptr<void> allowed = device_->beside_captures();
     memory = allocate_(call->ticket, sizes);
   } catch (const NoMemory& error) {
     std::string rank = std::to_string(config_.topology.rank);
@@ -209,6 +210,8 @@ void Group::watch_device_calls() {
     if (!liveness_->any_goodbye()) continue;
     if (common::Status left = departure(calls.front()->phase(), epoch, state_.call); !left.ok()) return record(left);
   }
+  // With graphs nobody else may be here to hear of it, and a replay that is to come would wait.
+  if (!recorded_.empty() && liveness_->failed()) return record(liveness_->failure());
   check_replays();
 }
 

@@ -1,5 +1,6 @@
 // What a Group does for graphs. Capture queues kernels and sends nothing; a replay is a call from the moment when its
 // first gate knocks, and goes through the same states as any other: in the background, for nobody waits for it.
+#include <algorithm>
 #include <sstream>
 
 #include "common/check.h"
@@ -17,6 +18,7 @@ using proto::Phase;
 
 namespace {
 
+constexpr std::size_t kGatesPerLook = 64;
 constexpr long kLookPauseUs = 20;     // between two looks at a stream
 constexpr double kHostPatienceS = 3;  // who waits for a replay lets others say first why
 
@@ -68,6 +70,8 @@ std::shared_ptr<kernels::Plan> Group::record_dispatch(const DispatchRequest& req
     if (fresh) {
       plan->complete = false;
       __atomic_store_n(plan->overflow.get(), 0, __ATOMIC_RELAXED);
+    } else {
+      check_replayed(*plan, Phase::kDispatch);
     }
     auto call = std::make_shared<DeviceDispatch>(context(), *device_state_, args, replayed);
     call->set_output(output.rows, output.plan_memory);
@@ -82,33 +86,54 @@ void Group::record_combine(const CombineRequest& request) {
   auto recording = std::make_unique<Recording>(*device_state_, Phase::kCombine, request.stream);
   kernels::device::record_combine(*device_state_, *recording);
   add_recording(std::move(recording), [=, this](Recording& of) {
+    check_replayed(*args.plan, Phase::kCombine);
     return std::make_shared<DeviceCombine>(context(), *device_state_, args, request.stream, true, &of);
   });
+}
+
+// At a replay it is too late to refuse it: others may have begun theirs.
+void Group::check_replayed(const kernels::Plan& plan, Phase phase) const {
+  if (!plan.rings.empty()) return;
+  int rank = static_cast<int>(config_.topology.rank);
+  throw StatusError({StatusCode::kTransport, rank, static_cast<int>(phase), -1, -1,
+                     "rank " + std::to_string(rank) + " replayed a " + proto::phase_name(phase) +
+                         " before the graph with the dispatch of its handle"});
 }
 
 void Group::add_recording(std::unique_ptr<Recording> recording,
                           std::function<std::shared_ptr<StartedCall>(Recording&)> make_call) {
   std::lock_guard lock(calls_mutex_);
-  recorded_.push_back({std::move(recording), std::move(make_call)});
+  recorded_.push_back({std::move(recording), std::move(make_call), nullptr});
   background_->stay_awake(!crowded_);
   settle_background();
 }
 
-// With calls_mutex_ held: calls for the replays that have begun. Of those on one stream the next begins when the one
-// before has ended.
+// With calls_mutex_ held: a call for a replay that has come to its first gate. Of those on one stream the next begins
+// when the one before has ended. Captured in the order in which they are replayed, mostly: a look is at the one that
+// should come, and at a few others in turn.
 bool Group::answer_gates() {
-  bool any = false;
-  for (Recorded& recorded : recorded_) {
-    if (!recorded.recording->knocks()) continue;
-    recorded.recording->begin();
-    std::shared_ptr<StartedCall> call = recorded.make_call(*recorded.recording);
-    call->number = state_.call - 1;
-    call->replayed = true;
-    call->begin_s = monotonic_s();
-    moving_[static_cast<int>(call->phase())].push_back(std::move(call));
-    any = true;
+  if (recorded_.empty()) return false;
+  if (answer_gate(expected_)) return true;
+  for (std::size_t i = 0; i < std::min(kGatesPerLook, recorded_.size()); ++i) {
+    looked_at_ = (looked_at_ + 1) % recorded_.size();
+    if (answer_gate(looked_at_)) return true;
   }
-  return any;
+  return false;
+}
+
+bool Group::answer_gate(std::size_t index) {
+  Recorded& recorded = recorded_[index];
+  if (!recorded.recording->knocks()) return false;
+  // Its stream may be a replay ahead of what the host has seen of the one before.
+  if (recorded.call && !recorded.call->done()) return false;
+  recorded.recording->begin();
+  recorded.call = recorded.make_call(*recorded.recording);
+  recorded.call->number = state_.call - 1;
+  recorded.call->replayed = true;
+  recorded.call->begin_s = monotonic_s();
+  moving_[static_cast<int>(recorded.call->phase())].push_back(recorded.call);
+  expected_ = (index + 1) % recorded_.size();
+  return true;
 }
 
 // With calls_mutex_ held.
@@ -132,14 +157,20 @@ void Group::catch_up(void* stream) {
     std::lock_guard lock(calls_mutex_);
     return !replays_run();
   };
-  for (double begin = monotonic_s(); !caught_up(); sleep_us(kLookPauseUs)) {
+  std::uint64_t done = calls_done();
+  for (double last_moved = monotonic_s(); !caught_up(); sleep_us(kLookPauseUs)) {
     if (failed_.load() || liveness_->failed()) check_open(Phase::kDispatch);
     if (interrupt_check_) interrupt_check_();
-    if (monotonic_s() - begin <= config_.timeout_s + kHostPatienceS) continue;
+    if (std::uint64_t now = calls_done(); now != done) {
+      done = now;
+      last_moved = monotonic_s();
+    }
+    if (monotonic_s() - last_moved <= config_.timeout_s + kHostPatienceS) continue;
     fail({StatusCode::kPeerTimeout, -1, -1, -1, -1,
           "the stream of rank " + std::to_string(config_.topology.rank) + " did not come to its call within " +
               std::to_string(config_.timeout_s) + " s"});
   }
+  if (failed_.load() || liveness_->failed()) check_open(Phase::kDispatch);  // what an error stopped looks done
 }
 
 // With calls_mutex_ held: the first replay that waits for too long, for whom the host knows better than its gate.

@@ -90,7 +90,7 @@ void SlotMemory::open_window(const std::string& library) {
       copied.queued();
       MOE_EFA_CHECK(copied.wait_quiet(kCopyPatienceS), "the GPU did not copy a word in " << kCopyPatienceS << " s");
     }
-    device_->free_host(mark);
+    device_->free_host(mark);  // not where the copy may still come
     auto window = std::make_unique<GdrWindow>(library, words, layout_.flag_bytes() - layout_.kernel_words_begin());
     if (common::load_acquire(reinterpret_cast<std::uint64_t*>(window->data() + kMarkAt)) != value) {
       refuse("GDRCopy maps other memory than it was given");

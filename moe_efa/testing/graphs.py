@@ -37,6 +37,13 @@ class Graph:
         finally:
             self._number = self._library.emulated_end_capture()
 
+    def wait(self) -> None:
+        """Until everything that was replayed on the current stream has run."""
+        if self._library is None:
+            torch.cuda.current_stream().synchronize()
+        else:
+            self._library.emulated_synchronize()
+
     def replay(self) -> None:
         """On the current stream; returns before it has run."""
         if self._graph is not None:

@@ -92,6 +92,8 @@ def capture_what_cannot_be(rank: int, group: dist.ProcessGroup, case: Case, devi
                 ep.dispatch_start(*inputs)
             with pytest.raises(RuntimeError, match="cannot be captured"):
                 ep.moe(*inputs, lambda rows, _: rows, waves=2)
+            with pytest.raises(RuntimeError, match="is being captured"):
+                ep.synchronize()
             with pytest.raises(ValueError, match="x must be"):
                 ep.dispatch(inputs[0][:, 1:].contiguous(), *inputs[1:], capacity=8)
         d = ep.dispatch(*inputs)
@@ -111,6 +113,68 @@ def capture_what_cannot_be(rank: int, group: dist.ProcessGroup, case: Case, devi
 
 def test_what_cannot_be_captured_is_refused_and_poisons_nothing(ranks: DeviceRanks) -> None:
     ranks.spawn(capture_what_cannot_be, 2, CASES[1], DEVICE)
+
+
+def replay_one_call(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> bool:
+    with case.open(group, device) as ep:
+        inputs = case.inputs(rank, ep)
+        graph = Graph()
+        with graph.capture():
+            d = ep.dispatch(*inputs, capacity=128)
+        for _ in range(60):
+            graph.replay()
+        ep.synchronize()
+        return torch.equal(d.x, ep.dispatch(*inputs, capacity=128).x)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_graph_of_one_call_may_be_replayed_again_and_again(num_ranks: int, ranks: DeviceRanks) -> None:
+    assert all(ranks.spawn(replay_one_call, num_ranks, dataclasses.replace(CASES[0], num_ranks=num_ranks), DEVICE))
+
+
+def replay_for_longer_than_the_timeout(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> int:
+    with case.open(group, device, timeout_s=2.0) as ep:
+        inputs = case.inputs(rank, ep)
+        y = torch.zeros(128, case.hidden_size, dtype=case.dtype, device=ep.device)
+        first, _, second, _ = capture_halves_of_a_round(ep, inputs, y)
+        begin, rounds = time.monotonic(), 0
+        while time.monotonic() - begin < 1:  # to learn how fast this machine is
+            first.replay()
+            second.replay()
+            ep.synchronize()
+            rounds += 1
+        limit = torch.tensor(rounds * 8)
+        dist.all_reduce(limit, dist.ReduceOp.MAX, group)
+        for _ in range(int(limit)):
+            first.replay()
+            second.replay()
+        ep.synchronize()
+        return int(ep.stats()["rounds"]) - rounds - int(limit)
+
+
+@pytest.mark.waits
+def test_replays_that_move_may_take_longer_than_the_timeout(ranks: DeviceRanks) -> None:
+    assert ranks.spawn(replay_for_longer_than_the_timeout, 1, CASES[0], DEVICE) == [0]
+
+
+def replay_before_the_dispatch(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> str:
+    with contextlib.suppress(TransportError), case.open(group, device) as ep:
+        inputs = case.inputs(rank, ep)
+        y = torch.zeros(128, case.hidden_size, dtype=case.dtype, device=ep.device)
+        first, _, second, _ = capture_halves_of_a_round(ep, inputs, y)
+        (second if rank == 0 else first).replay()
+        try:
+            for _ in range(100):
+                ep.synchronize()
+                time.sleep(0.1)
+        except TransportError as error:
+            return str(error)
+    return "nothing"
+
+
+def test_a_combine_replayed_before_its_dispatch_is_an_error_on_all_ranks(ranks: DeviceRanks) -> None:
+    texts = ranks.spawn(replay_before_the_dispatch, 2, CASES[1], DEVICE)
+    assert all("rank 0 replayed a combine before the graph with the dispatch of its handle" in text for text in texts)
 
 
 def replay_a_wrong_id(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> str:
@@ -164,7 +228,8 @@ def test_replays_of_different_graphs_are_an_error_on_all_ranks(ranks: DeviceRank
     assert all("different calls" in text for text in texts)
 
 
-def lose_a_rank(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> tuple[int | None, float]:
+def lose_a_rank(rank: int, group: dist.ProcessGroup, case: Case, device: str, idle: bool) -> tuple[int | None, float]:
+    """With ``idle`` the loss is known before a replay, which nobody looks after but the group itself."""
     ep = case.open(group, device, heartbeat_timeout_s=HEARTBEAT_S)
     y = torch.zeros(128, case.hidden_size, dtype=case.dtype, device=ep.device)
     first, _, second, _ = capture_halves_of_a_round(ep, case.inputs(rank, ep), y)
@@ -174,6 +239,12 @@ def lose_a_rank(rank: int, group: dist.ProcessGroup, case: Case, device: str) ->
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
+    if idle:
+        time.sleep(2 * HEARTBEAT_S)
+        begin = time.monotonic()
+        first.replay()
+        second.replay()
+        first.wait()  # as torch.cuda.synchronize(): no call of this library's
     try:
         while time.monotonic() - begin < 10 * HEARTBEAT_S:
             second.replay()
@@ -185,9 +256,10 @@ def lose_a_rank(rank: int, group: dist.ProcessGroup, case: Case, device: str) ->
 
 
 @pytest.mark.waits
+@pytest.mark.parametrize("idle", [False, True], ids=["at-once", "after-a-while"])
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=lambda case: case.id)
-def test_a_rank_killed_between_replays_is_named_by_all_others(case: Case, ranks: DeviceRanks) -> None:
-    outcomes = ranks.spawn(lose_a_rank, case.num_ranks, case, DEVICE, may_die=[1])
+def test_a_rank_killed_between_replays_is_named_by_all_others(case: Case, idle: bool, ranks: DeviceRanks) -> None:
+    outcomes = ranks.spawn(lose_a_rank, case.num_ranks, case, DEVICE, idle, may_die=[1])
     for named, after_s in outcomes[:1] + outcomes[2:]:
         assert named == 1
         assert after_s < 5 * HEARTBEAT_S

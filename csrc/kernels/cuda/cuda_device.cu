@@ -322,6 +322,8 @@ class CudaDevice final : public Device {
   }
   void release(Mark mark) override { give_event(reinterpret_cast<cudaEvent_t>(mark)); }
 
+  std::shared_ptr<void> beside_captures() override { return std::make_shared<DeviceScope>(primary_); }
+
   void flush_writes() override {
     if (!facts_.flushes_writes) return;
     DeviceScope scope(primary_);

@@ -69,6 +69,7 @@ State::State(std::shared_ptr<Device> device, const proto::NodeView& view,
   scratch_.columns = take_device<std::uint32_t>(warps * cuda::plan_columns(layout));
   sizes_ = take_host<std::byte>(nodes * sizeof(cuda::SendView) + num_experts * 4);
   stop_ = take_host<std::uint64_t>(1);
+  add_gates();
 
   std::size_t mates = memory.size();
   std::byte** bases = take_host<std::byte*>(3 * mates);
@@ -105,11 +106,14 @@ T* State::take_host(std::size_t count) {
   return static_cast<T*>(host_memory_.back());
 }
 
+void State::add_gates() {
+  gates_ = {take_host<GateWords>(kGatesAtOnce), take_device<std::uint64_t>(kGatesAtOnce)};
+  gates_left_ = kGatesAtOnce;
+}
+
 State::Gates State::take_gates() {
-  if (gates_left_ == 0 || gates_left_ == kNoGates) {
-    gates_ = {take_host<GateWords>(kGatesAtOnce), take_device<std::uint64_t>(kGatesAtOnce)};
-    gates_left_ = kGatesAtOnce;
-  }
+  if (gates_left_ == 0) add_gates();
+  gates_taken_ = true;
   std::uint32_t next = kGatesAtOnce - gates_left_--;
   return {gates_.words + next, gates_.run + next};
 }

@@ -120,12 +120,14 @@ class State {
     std::uint64_t* run;
   };
   Gates take_gates();
-  bool has_gates() const { return gates_left_ != kNoGates; }
+  bool has_gates() const { return gates_taken_; }
   // Where sizes come back to the host: SendView [num_nodes] | uint32 [num_experts].
   std::byte* sizes() { return sizes_; }
 
  private:
-  static constexpr std::uint32_t kNoGates = ~0u, kGatesAtOnce = 64;
+  static constexpr std::uint32_t kGatesAtOnce = 64;  // more are allocated for more captured calls
+
+  void add_gates();
 
   template <typename T>
   T* take_device(std::size_t count);
@@ -142,7 +144,8 @@ class State {
   std::uint64_t* stop_ = nullptr;  // host
   SendScratch scratch_{};
   Gates gates_{};
-  std::uint32_t gates_left_ = kNoGates;
+  std::uint32_t gates_left_ = 0;
+  bool gates_taken_ = false;
   std::byte* sizes_ = nullptr;
 };
 

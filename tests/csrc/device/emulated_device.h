@@ -77,6 +77,7 @@ class EmulatedDevice : public kernels::Device {
   bool reached(Mark mark) override;
   void wait_for(Stream stream, Mark mark) override;
   void release(Mark mark) override;
+  std::shared_ptr<void> beside_captures() override { return nullptr; }
   void flush_writes() override { ++flushes_; }
 
   // For tests.

@@ -45,6 +45,7 @@ class StandIn : public kernels::Device {
   bool reached(Mark) override { fail(); }
   void wait_for(Stream, Mark) override { fail(); }
   void release(Mark) override { fail(); }
+  std::shared_ptr<void> beside_captures() override { fail(); }
   void flush_writes() override { fail(); }
 
  private:
