@@ -73,6 +73,7 @@ def examine(
             "cuda_devices": torch.cuda.device_count(),
         },
         "environment": env.settings(),
+        "wrong_settings": env.wrong_settings(),
     }
     problems = find_problems(facts)
     facts["problems"] = [asdict(problem) for problem in problems]
@@ -113,6 +114,8 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
     def warn(text: str, cure: str) -> None:
         problems.append(Problem("warning", text, cure))
 
+    for text in facts.get("wrong_settings", ()):
+        error(text, "unset it, or see the table of settings in README.md")
     devices, providers = facts["efa_devices"], facts["providers"]
     has_efa = any(provider.startswith("efa") for provider in providers)
     if not facts["build"]["libfabric_built"]:

@@ -218,6 +218,17 @@ def settings() -> dict[str, str]:
     return {v.name: os.environ[v.name] for v in VARIABLES if os.environ.get(v.name)}
 
 
+def wrong_settings() -> list[str]:
+    """What is wrong with variables that are set, in words."""
+    found = []
+    for read in (lambda: num_threads(1), output_cache_bytes, device, socket_address, reorder):
+        try:
+            read()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
 def as_markdown() -> str:
     """The table for the README."""
     lines = ["| variable | type | default | meaning |", "|---|---|---|---|"]

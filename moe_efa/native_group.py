@@ -647,7 +647,10 @@ class NativeGroup:
             return rows, scales, torch.empty(num_rows if with_weights else 0, dtype=torch.float32, device="cpu")
 
         with self._call():
-            results = None if capacity is None else memory(capacity)
+            try:
+                results = None if capacity is None else memory(capacity)
+            except (MemoryError, RuntimeError) as error:  # torch's word for no memory
+                raise MemoryError(f"no memory for capacity={capacity}: {error}") from error
             begun = False
             try:
                 plan = self._native.dispatch_begin(call.args)

@@ -679,7 +679,10 @@ def _check_rows(config: ExpertParallelConfig, y: Tensor, weights: Tensor | None,
     if y.dim() != 2 or y.shape[1] != config.hidden_size:
         raise ValueError(f"y must be [{rows}, {config.hidden_size}], not {list(y.shape)}")
     if y.shape[0] != rows:
-        raise ValueError(f"y has {y.shape[0]} rows, but the handle's dispatch gave {rows}")
+        raise ValueError(
+            f"y has {y.shape[0]} rows, but the handle's dispatch gave {rows}"
+            " (with a capacity, those behind offsets[-1] too)"
+        )
     if weights is not None and weights.shape != (rows,):
         raise ValueError(f"weights must be [{rows}], not {list(weights.shape)}")
 

@@ -63,6 +63,8 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
 def ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     """Global ranks of the group in group order; empty for None. ConfigError if it is neither a group nor None."""
     if group is not None and not isinstance(group, dist.ProcessGroup):
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ConfigError("this rank is not a member of the group")
         raise ConfigError(f"group must be a torch.distributed process group or None, not {group!r}")
     return () if group is None else tuple(dist.get_process_group_ranks(group))
 

@@ -59,6 +59,8 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 def _groups(offsets: Tensor) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) of those that have any."""
+    if _is_capturing(offsets.device):
+        raise RuntimeError("a CUDA graph holds the experts' products in bf16, of sizes that are multiples of 8, only")
     bounds = offsets.tolist()
     for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if start < stop:
@@ -77,9 +79,15 @@ def _native() -> Callable[..., Tensor]:
     return getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @functools.lru_cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Try it: which dtypes and devices are served differs between releases and builds."""
+    if _is_capturing(device):
+        raise RuntimeError("call the experts once before they are captured in a CUDA graph: first uses cannot be")
     try:
         rows = torch.ones(16, 16, device=device, dtype=dtype)
         offs = torch.tensor([0, 16], device=device, dtype=torch.int32)

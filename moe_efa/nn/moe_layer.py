@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_efa import device as device_of
 from moe_efa import routing
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.expert_parallel import ExpertParallel, refuse
@@ -55,9 +56,11 @@ class MoELayer(nn.Module):
         capacity: static mode, as in :meth:`ExpertParallel.dispatch`: this rank's experts get so many rows, sizes stay
             on the device, and a CUDA graph may hold the layer. One wave. What did not fit shows in ``overflow``.
         initializer_range, seed: see :class:`SwiGLUExperts`. One seed serves all parts.
+        device, dtype: of the parameters, and ``device`` of the tokens: None is where torch makes tensors.
         options: further arguments of :class:`ExpertParallel`, such as ``wire_dtype``; not with ``expert_parallel``.
 
     Attributes:
+        capacity: may be changed between calls, on all ranks, but not from or to None.
         router, experts, shared_experts: the parts; shared_experts may be None.
         tokens_per_expert: [E_local] int64 on the CPU, rows that this rank's experts got in the last forward. With a
             capacity on x's device, and of those that fit.
@@ -133,6 +136,8 @@ class MoELayer(nn.Module):
                 if waves not in (None, 1):
                     raise ValueError(f"waves={waves} with a capacity, which is of one wave")
             config = _config(group, expert_parallel, sizes, options)
+            if expert_parallel is None:
+                device_of.resolve(_where_tokens_are(device))
             common: dict[str, Any] = {
                 "hidden_size": config.hidden_size,
                 "initializer_range": initializer_range,
@@ -302,8 +307,9 @@ class MoELayer(nn.Module):
 
 
 def _where_tokens_are(device: torch.device | str | None) -> torch.device | str | None:
-    """Where the parameters are to be, unless that is nowhere yet."""
-    return None if device is None or torch.device(device).type == "meta" else device
+    """Where the parameters are to be; None where that is nowhere yet."""
+    where = torch.get_default_device() if device is None else device
+    return None if str(where) == "meta" else where
 
 
 def _config(

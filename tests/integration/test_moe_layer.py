@@ -311,6 +311,8 @@ def one_rank_is_wrong(rank, group):
     with pytest.raises(ValueError, match="score_function") as raised:
         moe_efa.MoELayer(group, **options, **wrong)
     assert len(native_group._live) == before
+    with pytest.raises(ValueError, match="device must be"):
+        moe_efa.MoELayer(group, **options, device="gpu" if rank == 1 else "cpu")
     layer = moe_efa.MoELayer(group, **options)  # the group is as good as before
     out = layer(torch.randn(rank, 8))
     copied = copy.deepcopy(layer)

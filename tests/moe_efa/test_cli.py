@@ -55,6 +55,16 @@ def test_doctor_json_has_facts_problems_and_a_matching_exit_status(capsys):
     assert facts["ok"] == all(problem["severity"] != "error" for problem in facts["problems"])
 
 
+def test_doctor_names_settings_that_would_be_refused(monkeypatch):
+    monkeypatch.setenv("MOE_EFA_NUM_THREADS", "many")
+    monkeypatch.setenv("MOE_EFA_DEVICE", "gpu")
+    facts = doctor.examine()
+    texts = [problem["text"] for problem in facts["problems"] if problem["severity"] == "error"]
+    assert any("MOE_EFA_NUM_THREADS" in text for text in texts)
+    assert any("MOE_EFA_DEVICE" in text for text in texts)
+    assert not facts["ok"]
+
+
 def test_doctor_table_ends_with_a_verdict(capsys):
     status = cli.main(["doctor"])
     text = capsys.readouterr().out

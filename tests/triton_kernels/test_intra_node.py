@@ -206,10 +206,10 @@ def errors_come_before_anything_is_sent(rank: int, group: dist.ProcessGroup) -> 
 
 def wrong_configurations_are_refused_by_all(rank: int, group: dist.ProcessGroup) -> None:
     for changes, message in [
-        ({"hidden_size": 40 + rank}, "rank 1 was configured with"),
+        ({"hidden_size": 40 + rank}, "rank 1 was configured with hidden_size=41, rank 0 with 40"),
         ({"num_experts": 3}, "not a multiple of the group's 2 ranks"),
         ({"num_experts": 8192}, "at most 4096"),
-        ({"top_k": 5}, "top_k=5 of 4 experts"),
+        ({"top_k": 5}, "top_k=5 is more than num_experts=4"),
         ({"top_k": 0}, "top_k must be a positive integer"),
         ({"combine_dtype": "fp8"}, "combine_dtype='fp8' is unknown"),
         ({"wire_dtype": "fp16"}, "wire_dtype='fp16' is unknown"),

@@ -21,6 +21,7 @@ from .reference import SCALE_FORMATS
 
 WIRE_DTYPES = ("auto", "bf16", "fp32", "fp8")
 COMBINE_DTYPES = ("auto", "bf16", "fp32")
+_FIELDS = ("num_experts", "hidden_size", "top_k", "wire_dtype", "combine_dtype", "fp8_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,21 +113,26 @@ class IntraNode:
         combine_dtype: str = "auto",
         fp8_scale: str = "fp32",
     ) -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ConfigError("group must be a torch.distributed process group of which this rank is a member, or None")
         config = (num_experts, hidden_size, top_k, wire_dtype, combine_dtype, fp8_scale)
         self.rank, self.num_ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         if group is not None:  # whatever is wrong is seen, and raised, by all ranks
             configs = [config] * self.num_ranks
             dist.all_gather_object(configs, config, group=group)
             for rank, other in enumerate(configs):
-                if other != configs[0]:
-                    raise ConfigError(f"rank {rank} was configured with {other}, rank 0 with {configs[0]}")
+                for name, mine, first in zip(_FIELDS, other, configs[0], strict=True):
+                    if mine != first:
+                        raise ConfigError(f"rank {rank} was configured with {name}={mine!r}, rank 0 with {first!r}")
         for name, value in (("num_experts", num_experts), ("hidden_size", hidden_size), ("top_k", top_k)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
         if num_experts % self.num_ranks:
             raise ConfigError(f"num_experts={num_experts} is not a multiple of the group's {self.num_ranks} ranks")
-        if num_experts > 4096 or top_k > num_experts:
-            raise ConfigError(f"top_k={top_k} of {num_experts} experts is not supported (at most 4096 experts)")
+        if num_experts > 4096:
+            raise ConfigError(f"num_experts={num_experts} is not supported: at most 4096")
+        if top_k > num_experts:
+            raise ConfigError(f"top_k={top_k} is more than num_experts={num_experts}")
         for name, word, words in (
             ("wire_dtype", wire_dtype, WIRE_DTYPES),
             ("combine_dtype", combine_dtype, COMBINE_DTYPES),
