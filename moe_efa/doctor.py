@@ -114,7 +114,7 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
     def warn(text: str, cure: str) -> None:
         problems.append(Problem("warning", text, cure))
 
-    for text in facts.get("wrong_settings", ()):
+    for text in facts["wrong_settings"]:
         error(text, "unset it, or see the table of settings in README.md")
     devices, providers = facts["efa_devices"], facts["providers"]
     has_efa = any(provider.startswith("efa") for provider in providers)

@@ -37,6 +37,7 @@ def healthy_facts():
         "libfabric": {"found": True, "path": "/opt/lib/libfabric.so.1", "version": "2.3", "error": ""},
         "providers": ["efa", "tcp"],
         "efa_devices": ["rdmap0s6"],
+        "wrong_settings": [],
         "shm": {"bytes": 64 << 30, "free_bytes": 64 << 30},
         "memlock_bytes": None,
         "cuda": {"built": False, "device": None, "error": "not built"},
