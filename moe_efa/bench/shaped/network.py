@@ -50,7 +50,8 @@ class Network:
         num_nodes: at least 2.
         gbit_per_s: rate of every link in each direction; :func:`set_rate` changes it.
         mtu: of the links, bytes.
-        tcp: congestion control inside, of those that the kernel has; ``None`` = the host's.
+        tcp: congestion control inside, of those that namespaces may use; ``None`` = cubic where it is one of them,
+            otherwise reno: both fill a link and pace nothing.
 
     Raises:
         ConfigError: naming what the host lacks, or the command that failed.
@@ -60,8 +61,13 @@ class Network:
         problem = missing()
         if problem:
             raise ConfigError(problem)
-        if tcp is not None and tcp not in (known := _congestion_controls()):
-            raise ConfigError(f"this kernel has no TCP congestion control {tcp!r}, but {', '.join(known)}")
+        if tcp is None:
+            tcp = "cubic" if "cubic" in _congestion_controls() else "reno"
+        elif tcp not in (known := _congestion_controls()):
+            raise ConfigError(
+                f"namespaces here have no TCP congestion control {tcp!r}, but {', '.join(known)} "
+                "(sysctl net.ipv4.tcp_allowed_congestion_control)"
+            )
         sweep()
         prefix = f"moe_efa_{os.getpid()}_{_start_time(os.getpid())}"
         self.namespaces = [f"{prefix}_node{i}" for i in range(num_nodes)]
@@ -81,9 +87,8 @@ class Network:
             for name in names:
                 _run("ip", "netns", "add", name)
             self._join(mtu)
-            if tcp is not None:
-                for node in range(num_nodes):
-                    _run(*self.command(node, "sh", "-c", f"echo {tcp} > {_SETTINGS}/tcp_congestion_control"))
+            for node in range(num_nodes):
+                _run(*self.command(node, "sh", "-c", f"echo {tcp} > {_SETTINGS}/tcp_congestion_control"))
             set_rate(self.shaped_ends, gbit_per_s)
         except BaseException:
             self.close()
@@ -203,7 +208,8 @@ def congestion_control() -> str:
 
 
 def _congestion_controls() -> list[str]:
-    return Path(f"{_SETTINGS}/tcp_available_congestion_control").read_text().split()
+    """Those that the kernel lets namespaces use; the others are for the host alone."""
+    return Path(f"{_SETTINGS}/tcp_allowed_congestion_control").read_text().split()
 
 
 def _start_time(pid: int) -> str:

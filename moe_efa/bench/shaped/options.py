@@ -31,7 +31,7 @@ class ShapedConfig:
     ranks_per_node: int = 4
     rates: tuple[float, ...] = (1.0, 5.0, 10.0)
     mtu: int = 1500
-    tcp: str = "cubic"
+    tcp: str | None = None
     tokens: int = 1024
     hidden: int = 4096
     topk: int = 8
@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = ",".join(f"{rate:g}" for rate in default.rates)
     link.add_argument("--rates", type=_rates, metavar="G,G", help=f"of the links, Gbit/s (default {shown})")
     link.add_argument("--mtu", type=int, metavar="N", help=f"of the links, bytes (default {default.mtu})")
-    link.add_argument("--tcp", metavar="NAME", help=f"congestion control of TCP (default {default.tcp})")
+    link.add_argument(
+        "--tcp", metavar="NAME", help="congestion control of TCP (default cubic, or reno where it may not be)"
+    )
     shape = parser.add_argument_group("shape")
     for name, meaning in (
         ("tokens", "tokens per rank, T"),
