@@ -31,10 +31,9 @@ bench: .venv/.extension ## dispatch and combine between 4 ranks on this host, as
 	$(BIN)/python bench/bench_dispatch_combine.py --ranks 4 --node-size 2 $(BENCH_ARGS)
 
 test: lint ## lint, then every test that applies to this machine
-	@# In the order of the folders, of which csrc, whose programs are compiled, takes longest: it must not come last.
 	@# A selection of one's own may leave a part without tests (status 5); the whole never does.
 	@part() { echo "pytest $$*"; $(BIN)/pytest tests "$$@" $(PYTEST_ARGS) || [[ $$? == 5 && -n "$(strip $(PYTEST_ARGS))" ]]; }; \
-	part -m "not waits and not alone" --numprocesses 3 --dist loadfile --no-loadscope-reorder; \
+	part -m "not waits and not alone" --numprocesses 3 --dist loadfile; \
 	part -m waits --numprocesses 4; \
 	part -m alone
 

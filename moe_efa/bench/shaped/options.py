@@ -20,7 +20,7 @@ class ShapedConfig:
         ranks_per_node: processes in each.
         rates: of the links, Gbit/s; measured one after another by the same processes.
         mtu: of the links, bytes.
-        tcp: congestion control in the namespaces, of those that the kernel has.
+        tcp: congestion control in the namespaces, of those that may be used there; None is cubic or reno.
         tokens, hidden, topk, experts, iters, warmup, seed: as in :class:`moe_efa.bench.BenchConfig`.
         waves: of ``ep.moe`` where overlap is measured.
         baseline: measure torch.distributed too.
