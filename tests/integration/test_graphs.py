@@ -32,8 +32,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and device_of.CUDA_LIBRARY.exists()
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_replays_give_the_bits_of_calls_on_the_cpu(case: Case, ranks: DeviceRanks) -> None:
-    found = ranks.spawn(device_rounds.replay, case.num_ranks, case, DEVICE, 6)
-    expected = spawn(device_rounds.replay, case.num_ranks, dataclasses.replace(case, buffers="host"), "cpu", 6)
+    found = ranks.spawn(device_rounds.replay, case.num_ranks, case, DEVICE, 4)
+    expected = spawn(device_rounds.replay, case.num_ranks, dataclasses.replace(case, buffers="host"), "cpu", 4)
     device_rounds.assert_same(found, expected)
 
 
