@@ -57,7 +57,7 @@ VARIABLES = (
         "MOE_EFA_DEVICE",
         "cpu or cuda",
         "cuda where it works",
-        "Where tensors are, for whoever does not say (`device=None`).",
+        "Where tensors of an `ExpertParallel` are that does not say (`device=None`).",
     ),
     Variable(
         "MOE_EFA_DEVICE_LIBRARY",

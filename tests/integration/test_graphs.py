@@ -157,6 +157,13 @@ def test_replays_that_move_may_take_longer_than_the_timeout(ranks: DeviceRanks) 
     assert ranks.spawn(replay_for_longer_than_the_timeout, 1, CASES[0], DEVICE) == [0]
 
 
+def synchronize_for_long(ep: moe_efa.ExpertParallel) -> None:
+    """An error of another rank may still be on its way."""
+    for _ in range(100):
+        ep.synchronize()
+        time.sleep(0.1)
+
+
 def replay_before_the_dispatch(rank: int, group: dist.ProcessGroup, case: Case, device: str) -> str:
     with contextlib.suppress(TransportError), case.open(group, device) as ep:
         inputs = case.inputs(rank, ep)
@@ -164,9 +171,7 @@ def replay_before_the_dispatch(rank: int, group: dist.ProcessGroup, case: Case, 
         first, _, second, _ = capture_halves_of_a_round(ep, inputs, y)
         (second if rank == 0 else first).replay()
         try:
-            for _ in range(100):
-                ep.synchronize()
-                time.sleep(0.1)
+            synchronize_for_long(ep)
         except TransportError as error:
             return str(error)
     return "nothing"
@@ -190,9 +195,7 @@ def replay_a_wrong_id(rank: int, group: dist.ProcessGroup, case: Case, device: s
         try:
             first.replay()
             second.replay()
-            for _ in range(100):
-                ep.synchronize()
-                time.sleep(0.1)
+            synchronize_for_long(ep)
         except TransportError as error:
             first.replay()  # of no use, and no harm
             with pytest.raises(TransportError):
@@ -215,9 +218,7 @@ def replay_different_calls(rank: int, group: dist.ProcessGroup, case: Case, devi
         try:
             first.replay()
             (second if rank == 0 else first).replay()
-            for _ in range(100):
-                ep.synchronize()
-                time.sleep(0.1)
+            synchronize_for_long(ep)
         except TransportError as error:
             return str(error)
     return "nothing"
