@@ -238,9 +238,11 @@ class _LinkMeter:
         return _Metered(self, name, rounds)
 
     def read(self) -> int:
-        """After all ranks have come here: what they sent before is counted."""
+        """Collective. What any rank sent before is counted, and nothing of what it sends after."""
         dist.barrier(self._m.group)
-        return sent_bytes() if self._m.rank % self._m.config.ranks_per_node == 0 else 0
+        count = sent_bytes() if self._m.rank % self._m.config.ranks_per_node == 0 else 0
+        dist.barrier(self._m.group)  # another rank of the node would be sending while this one reads
+        return count
 
     def add(self, name: str, count: int, rounds: int) -> None:
         self._bytes[name] = self._bytes.get(name, 0) + count
