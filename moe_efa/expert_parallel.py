@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_efa import device as device_of
-from moe_efa import native_group, ops, overlap
+from moe_efa import group_registry, ops, overlap
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
 from moe_efa.handle import DispatchResult, Handle, PendingCombine, PendingDispatch
@@ -99,7 +99,7 @@ class ExpertParallel:
             )
         except ConfigError as error:
             config = error  # raised by acquire, after the other ranks have heard of it
-        self._native = native_group.acquire(group, config)
+        self._native = group_registry.acquire(group, config)
         self._group = self._native.name
         self._closed = False
 
@@ -537,7 +537,7 @@ class ExpertParallel:
 def refuse(group: dist.ProcessGroup | None, error: ValueError) -> NoReturn:
     """Instead of a construction that cannot be: raises on all ranks, so that none waits for this one."""
     if group is not None:
-        native_group.acquire(group, error if isinstance(error, ConfigError) else ConfigError(str(error)))
+        group_registry.acquire(group, error if isinstance(error, ConfigError) else ConfigError(str(error)))
     raise error
 
 

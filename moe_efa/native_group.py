@@ -1,36 +1,29 @@
-"""One native group per (ranks, configuration), shared by everybody who asks for it and serialised by a lock (I16).
-
-Tensors in, tensors out; arguments have been checked. It knows nothing of autograd.
-"""
+"""A native group, serialised by a lock: tensors in, tensors out; arguments have been checked. It knows no autograd."""
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
 import hashlib
 import itertools
-import multiprocessing.util
 import os
 import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_efa import _C, device, host_memory, nvtx, rendezvous
 from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
-from moe_efa.errors import ClosedError, ConfigError, TransportError
+from moe_efa.dispatch_placement import DispatchMemory, DispatchPlacement, DispatchRows, UnplacedDispatch
+from moe_efa.errors import ClosedError, TransportError
+from moe_efa.pointer import pointer
 from moe_efa.quantization import BLOCK_SIZE
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_EXIT_TIMEOUT_S = 2.0
-_CONFIG_ERROR_TIMEOUT_S = 60.0  # a rank without a configuration waits so long for the others to hear of it
+_LEAVE_TIMEOUT_S = 2.0  # for the lock
 
 
 class StartedCall:
@@ -59,33 +52,6 @@ class _Dispatch(NamedTuple):
     alone: bool  # its kernels run on the caller's stream
 
 
-class _Rows(NamedTuple):
-    """What a dispatch gives."""
-
-    plan: _C.Plan
-    rows: Tensor
-    scales: Tensor | None  # of FP8 rows
-    weights: Tensor | None  # of a fresh dispatch
-
-
-class _Results(NamedTuple):
-    """Where a dispatch on a device puts its rows."""
-
-    rows: Tensor
-    scales: Tensor | None  # of FP8 rows
-    weights: Tensor | None  # of a fresh dispatch
-
-
-class _Unplaced(NamedTuple):
-    """A dispatch on a device whose results have no place yet."""
-
-    dtype: torch.dtype  # of its rows
-    is_replay: bool
-    stream: Any  # where its kernels run; None without a GPU
-    plan_memory: tuple[Tensor, ...]
-    results: _Results | None  # in static mode, memory that is there already
-
-
 class PlanTables(NamedTuple):
     """What replays of a graph make of a plan, on the device. The plan's own are those of the last replay."""
 
@@ -96,7 +62,14 @@ class PlanTables(NamedTuple):
 class NativeGroup:
     """A native group with its lock. Calls may come from any thread; they wait for each other."""
 
-    def __init__(self, native: _C.Group, config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> None:
+    def __init__(
+        self,
+        native: _C.Group,
+        config: ExpertParallelConfig,
+        agreement: rendezvous.Agreement,
+        *,
+        on_close: Callable[[NativeGroup], None] | None = None,
+    ) -> None:
         self.config = config
         self.name = _name_of(config, agreement)
         self.rank = agreement.rank
@@ -106,21 +79,20 @@ class NativeGroup:
         self.device = device.of_tensors(config.device)
         self.on_device = bool(native.info()["device"])  # what runs the kernels there, and not on the CPU
         self.references = 0
+        self._references_lock = threading.Lock()  # held for a moment only
         self.usable = True  # False after a transport error and after closing
         self._native = native
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._on_close = on_close
         self._closed: Exception | None = None  # what calls raise once the native group is closed
         self._kept: dict[int, tuple[Tensor | None, ...]] = {}  # by ticket: what started calls read and write
         self._dropped: collections.deque[int] = collections.deque()  # tickets of those that nobody will finish
-        self._unplaced: dict[int, _Unplaced] = {}  # by ticket: dispatches on a device that were started
-        self._placed: dict[int, _Rows] = {}  # and those that have memory
         self._has_recorded = False  # calls in graphs, which may be replayed whenever their owners like
-        self._starting = threading.Lock()  # held until _unplaced knows what was started
-        self._no_memory: Exception | None = None  # what went wrong in _allocate
-        self._own_stream = native.own_stream() if self.on_device else 0
+        own_stream = native.own_stream() if self.on_device else 0
+        self._placement = DispatchPlacement(config.hidden_size, self.device, own_stream)
         if self.on_device:
-            native.set_allocate(self._allocate)
+            native.set_allocate(self._placement.allocate)
         self._ending = False  # no new calls: the process waits for the lock
 
     @nvtx.annotated("dispatch")
@@ -266,7 +238,7 @@ class NativeGroup:
                 "a dispatch in a CUDA graph needs a capacity, or a handle: its sizes are those of all replays"
             )
         call = self._fresh_args(x, topk_idx, topk_weights, expert_alignment, capacity, fp8_output=fp8_output)
-        rows, scales, weights = self._static_results(capacity, _dtype_of_rows(x, fp8_output))
+        rows, scales, weights = self._placement.static_results(capacity, _dtype_of_rows(x, fp8_output))
         experts = self.config.num_experts // self.num_ranks
         counts = torch.empty(experts, dtype=torch.int64, device=self.device)
         offsets = torch.empty(experts + 1, dtype=torch.int32, device=self.device)
@@ -277,12 +249,12 @@ class NativeGroup:
         plan = self._record(
             lambda: self._native.record_dispatch(
                 call.args,
-                out_ptr=_pointer(rows),
-                weights_ptr=_pointer(weights),
-                scales_ptr=_pointer(scales),
-                plan_memory_ptr=_pointer(plan_memory),
-                counts_ptr=_pointer(counts),
-                offsets_ptr=_pointer(offsets),
+                out_ptr=pointer(rows),
+                weights_ptr=pointer(weights),
+                scales_ptr=pointer(scales),
+                plan_memory_ptr=pointer(plan_memory),
+                counts_ptr=pointer(counts),
+                offsets_ptr=pointer(offsets),
             ),
             *(x, topk_idx, topk_weights, rows, scales, weights, counts, offsets, plan_memory, *call.memory),
         )
@@ -293,9 +265,9 @@ class NativeGroup:
         self, x: Tensor, plan: _C.Plan, *, gradient: bool, fp8_output: bool
     ) -> tuple[_C.Plan, Tensor, Tensor | None]:
         call = self._replay_args(x, plan, gradient=gradient, fp8_output=fp8_output)
-        rows, scales, _ = self._results(plan.rows, _dtype_of_rows(x, fp8_output), with_weights=False)
+        rows, scales, _ = self._placement.results(plan.rows, _dtype_of_rows(x, fp8_output), with_weights=False)
         self._record(
-            lambda: self._native.record_dispatch(call.args, out_ptr=_pointer(rows), scales_ptr=_pointer(scales)),
+            lambda: self._native.record_dispatch(call.args, out_ptr=pointer(rows), scales_ptr=pointer(scales)),
             *(x, rows, scales),
             plan=plan,
         )
@@ -345,7 +317,7 @@ class NativeGroup:
         dtype = _dtype_of_rows(x, fp8_output)
         results = None
         if self.on_device and capacity is not None:
-            results = self._static_results(capacity, dtype)
+            results = self._placement.static_results(capacity, dtype)
         return self._start_dispatch(args, dtype, x, topk_idx, topk_weights, results=results)
 
     @nvtx.annotated("start dispatch")
@@ -400,7 +372,7 @@ class NativeGroup:
     def _finish(self, ticket: int) -> _C.DispatchBuffers:
         """Wait for the call. On a GPU the stream that is current now goes on behind it, and has its memory."""
         buffers = self._native.finish(ticket, device.current_stream(self.device))
-        self._record_streams(self._kept.get(ticket, ()))
+        self._record_streams((*self._kept.get(ticket, ()), *self._placement.memory_of(ticket)))
         return buffers
 
     def _record_streams(self, memory: Iterable[Tensor | None]) -> None:
@@ -425,7 +397,7 @@ class NativeGroup:
             return started.ticket is None or self._native.ended(started.ticket)
 
     @nvtx.annotated("finish dispatch")
-    def finish_dispatch(self, started: StartedCall) -> _Rows:
+    def finish_dispatch(self, started: StartedCall) -> DispatchRows:
         """(plan, rows, scales of FP8 rows, weights of a fresh dispatch), as the calls in one."""
         if self.on_device:
             return self._finish_on_device(started)
@@ -437,9 +409,9 @@ class NativeGroup:
             scales = host_memory.over(buffers.scales, plan.rows, -(-hidden_size // BLOCK_SIZE), dtype=torch.float32)
         if buffers.weights is not None:
             weights = host_memory.over(buffers.weights, plan.rows, dtype=torch.float32)
-        return _Rows(plan, rows, scales, weights)
+        return DispatchRows(plan, rows, scales, weights)
 
-    def _finish_on_device(self, started: StartedCall) -> _Rows:
+    def _finish_on_device(self, started: StartedCall) -> DispatchRows:
         """Wait until the rows are ready on the current stream."""
         if started.ticket is None:
             raise ValueError("this call is finished: finish() once")
@@ -447,72 +419,16 @@ class NativeGroup:
         with self._call():
             try:
                 self._finish(ticket)
-                return self._placed[ticket]
+                return self._placement.take(ticket)
             finally:
-                self._placed.pop(ticket, None)
+                self._placement.forget(ticket)
                 self._kept.pop(ticket, None)
 
-    def _allocate(self, ticket: int, plan: _C.Plan, plan_bytes: int) -> tuple[int, int, int, int]:
-        """Memory for a dispatch on a device, as soon as it is known how much.
-
-        Called by whichever thread steps the calls, while another may hold the lock and wait for this one.
-        """
-        with self._starting:
-            unplaced = self._unplaced.pop(ticket)
-        pulls = None
-        try:
-            # Plain tensors, whatever the thread that happens to be here does otherwise.
-            with self._allocating_on(unplaced.stream), torch.inference_mode(False):
-                rows, scales, weights = unplaced.results or self._results(
-                    plan.rows, unplaced.dtype, with_weights=not unplaced.is_replay
-                )
-                if not unplaced.is_replay:
-                    pulls = self.empty(plan_bytes, dtype=torch.uint8)
-                    plan.memory = (*unplaced.plan_memory, pulls)
-        except Exception as error:
-            self._no_memory = error
-            raise
-        self._kept[ticket] = (*self._kept.get(ticket, ()), rows, scales, weights, pulls)
-        self._placed[ticket] = _Rows(plan, rows, scales, weights)
-        return _pointer(rows), _pointer(weights), _pointer(scales), _pointer(pulls)
-
-    def _stream_of_kernels(self, *, alone: bool) -> Any:
-        """Of a dispatch that is started now."""
-        if self.device.type != "cuda":
-            return None
-        own: Any = torch.cuda.ExternalStream
-        return torch.cuda.current_stream(self.device) if alone else own(self._own_stream, device=self.device)
-
-    @contextlib.contextmanager
-    def _allocating_on(self, stream: Any) -> Iterator[None]:
-        """For memory that kernels on this stream write: not what another stream may still use."""
-        if stream is None:
-            yield
-            return
-        # A thread of ours begins on the first GPU, where torch.cuda.stream would leave it, with a context there.
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            yield
-
-    def _results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> _Results:
-        rows, scales, weights = self.empty(num_rows, self.config.hidden_size, dtype=dtype), None, None
-        if dtype == torch.float8_e4m3fn:
-            scales = self.empty(num_rows, -(-self.config.hidden_size // BLOCK_SIZE), dtype=torch.float32)
-        if with_weights:
-            weights = self.empty(num_rows, dtype=torch.float32)
-        return _Results(rows, scales, weights)
-
-    def _static_results(self, capacity: int, dtype: torch.dtype) -> _Results:
-        """On a device, before anything is sent: a capacity that is too much memory is this rank's error alone."""
-        try:
-            return self._results(capacity, dtype, with_weights=True)
-        except RuntimeError as error:  # torch's word for no memory
-            raise MemoryError(f"no memory for capacity={capacity}: {error}") from error
-
     def _start_dispatch(
-        self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor, results: _Results | None = None
+        self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor, results: DispatchMemory | None = None
     ) -> StartedCall:
-        stream = self._stream_of_kernels(alone=call.alone)
-        unplaced = _Unplaced(dtype, call.is_replay, stream, call.memory, results) if self.on_device else None
+        stream = self._placement.stream_of_kernels(alone=call.alone)
+        unplaced = UnplacedDispatch(dtype, call.is_replay, stream, call.memory, results) if self.on_device else None
         return self._start(
             dtype, (*memory, *call.memory), lambda: self._native.dispatch_start(call.args, self._pool()), unplaced
         )
@@ -525,18 +441,15 @@ class NativeGroup:
         dtype: torch.dtype,
         memory: tuple[Tensor | None, ...],
         start: Callable[[], int],
-        unplaced: _Unplaced | None = None,
+        unplaced: UnplacedDispatch | None = None,
     ) -> StartedCall:
         started = StartedCall(dtype, self._dropped)
         with self._call():
             self._record_streams(memory)
             if self._has_recorded:
                 self._native.catch_up(device.current_stream(self.device))  # before what others wait for is held
-            with self._starting:
-                started.ticket = ticket = start()
-                self._kept[ticket] = memory
-                if unplaced is not None:
-                    self._unplaced[ticket] = unplaced
+            started.ticket = start() if unplaced is None else self._placement.start(start, unplaced)
+            self._kept[started.ticket] = memory
         return started
 
     def _forget_dropped(self) -> None:
@@ -544,7 +457,7 @@ class NativeGroup:
             ticket = self._dropped.popleft()
             if self._native.forget(ticket):
                 self._kept.pop(ticket, None)
-                self._placed.pop(ticket, None)
+                self._placement.forget(ticket)
             else:
                 self._dropped.append(ticket)
 
@@ -561,13 +474,13 @@ class NativeGroup:
     def retain(self) -> None:
         """Count one more reference, for a copy of somebody who has one."""
         self._check_process()
-        with _registry_lock:
+        with self._references_lock:
             self.references += 1
 
     def release(self) -> None:
         """Drop one reference; the last one closes the native group together with its peers. Collective."""
         self._check_process()
-        with _registry_lock:
+        with self._references_lock:
             self.references -= 1
             if self.references > 0:
                 return
@@ -589,7 +502,7 @@ class NativeGroup:
 
         Whoever does not, such as ranks with the same error, is left alone.
         """
-        self._close_here(f"left the group after {type(error).__name__}: {error}", _EXIT_TIMEOUT_S)
+        self._close_here(f"left the group after {type(error).__name__}: {error}", _LEAVE_TIMEOUT_S)
 
     def refuse_calls(self) -> None:
         """From now on calls raise, so that threads which go on calling cannot keep :meth:`close_at_exit` waiting."""
@@ -619,8 +532,8 @@ class NativeGroup:
 
     def _forget_calls(self) -> None:
         """Once no thread steps them any more."""
-        for calls in (self._kept, self._unplaced, self._placed):
-            calls.clear()
+        self._kept.clear()
+        self._placement.clear()
 
     def _take_native(self, reason: Exception) -> _C.Group:
         """Mark this closed and hand out the native group, whose memory goes with the last reference to it."""
@@ -628,9 +541,8 @@ class NativeGroup:
         del self._native  # handles keep self alive
         self._closed = reason
         self.usable = False
-        _forget(self)
-        if not _live:
-            host_memory.release_idle()
+        if self._on_close is not None:
+            self._on_close(self)
         return native
 
     def _dispatch(
@@ -656,7 +568,7 @@ class NativeGroup:
                 plan = self._native.dispatch_begin(call.args)
                 begun = True
                 rows, scales, weights = results or memory(plan.rows)
-                self._native.dispatch_finish(_pointer(rows), _pointer(weights) if with_weights else 0, _pointer(scales))
+                self._native.dispatch_finish(pointer(rows), pointer(weights) if with_weights else 0, pointer(scales))
             except BaseException as error:
                 if isinstance(error, TransportError) or (isinstance(error, ValueError) and not begun):
                     raise  # the native group knows: failed, or refused before anything was sent
@@ -681,17 +593,17 @@ class NativeGroup:
         if self.on_device:
             memory = (self.empty(self._send_bytes(x.shape[0]), dtype=torch.uint8),)
         args = _C.DispatchArgs(
-            x_ptr=_pointer(x),
+            x_ptr=pointer(x),
             dtype=DTYPE_NAMES[x.dtype],
             num_tokens=x.shape[0],
-            topk_idx_ptr=_pointer(topk_idx),
-            topk_weights_ptr=_pointer(topk_weights),
+            topk_idx_ptr=pointer(topk_idx),
+            topk_weights_ptr=pointer(topk_weights),
             expert_alignment=expert_alignment,
             capacity=capacity,
             fp8_output=fp8_output,
             stream=device.current_stream(self.device),
             alone=alone,
-            send_memory_ptr=_pointer(memory[0]) if memory else 0,
+            send_memory_ptr=pointer(memory[0]) if memory else 0,
         )
         return _Dispatch(args, memory, is_replay=False, alone=alone)
 
@@ -699,7 +611,7 @@ class NativeGroup:
         self, x: Tensor, plan: _C.Plan, *, gradient: bool = False, fp8_output: bool = False, alone: bool = True
     ) -> _Dispatch:
         args = _C.DispatchArgs(
-            x_ptr=_pointer(x),
+            x_ptr=pointer(x),
             dtype=DTYPE_NAMES[x.dtype],
             num_tokens=x.shape[0],
             plan=plan,
@@ -723,13 +635,13 @@ class NativeGroup:
         alone: bool = True,
     ) -> _C.CombineArgs:
         return _C.CombineArgs(
-            y_ptr=_pointer(y),
+            y_ptr=pointer(y),
             dtype=DTYPE_NAMES[y.dtype],
             plan=plan,
-            out_ptr=_pointer(out),
-            weights_ptr=_pointer(weights),
-            weight_grads_ptr=_pointer(weight_grads),
-            topk_weight_grads_ptr=_pointer(topk_weight_grads),
+            out_ptr=pointer(out),
+            weights_ptr=pointer(weights),
+            weight_grads_ptr=pointer(weight_grads),
+            topk_weight_grads_ptr=pointer(topk_weight_grads),
             gradient=gradient,
             stream=device.current_stream(self.device),
             alone=alone,
@@ -754,7 +666,7 @@ class NativeGroup:
                 yield
             except TransportError as error:
                 self.usable = False
-                cause, self._no_memory = self._no_memory, None
+                cause, self._placement.error = self._placement.error, None
                 if cause is None or error.rank != self.rank:
                     raise
                 raise cause from error  # here, and once; the others hear of it by the TransportError
@@ -767,113 +679,10 @@ def _dtype_of_rows(x: Tensor, fp8_output: bool) -> torch.dtype:
     return torch.float8_e4m3fn if fp8_output else x.dtype
 
 
-# Null means "none of it" to the native calls, so a tensor without elements gets an address that nobody reads.
-_NOTHING = torch.empty(1, device="cpu")
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    address = tensor.data_ptr()
-    if address:
-        return address
-    if tensor.numel():
-        raise ValueError(f"a {type(tensor).__name__} {list(tensor.shape)} without memory of its own cannot be sent")
-    return _NOTHING.data_ptr()  # never read, so that it need not be on the device
-
-
 _serials = itertools.count()
-_by_name: weakref.WeakValueDictionary[str, NativeGroup] = weakref.WeakValueDictionary()
-
-
-def find(name: str) -> NativeGroup:
-    """The native group of this name; also a closed one, which raises why at every call, while something keeps it."""
-    found = _by_name.get(name)
-    if found is None:
-        raise ClosedError("the native group was closed")
-    return found
 
 
 def _name_of(config: ExpertParallelConfig, agreement: rendezvous.Agreement) -> str:
     """Unique here, and different for what gives other shapes: compiled graphs, which hold names, are cached on disk."""
     facts = repr((__version__, config, agreement.num_ranks, agreement.node_size))
     return f"moe_efa.{next(_serials)}.{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-
-
-_Key = tuple[int, tuple[int, ...], ExpertParallelConfig, torch.device]
-_registry: dict[_Key, NativeGroup] = {}
-_live: set[NativeGroup] = set()
-_registry_lock = threading.Lock()  # held for a moment only
-_building: dict[tuple[int, ...], threading.Lock] = {}  # by ranks: one construction of a group at a time
-_hooked_pid: int | None = None
-
-
-def acquire(group: dist.ProcessGroup | None, config: ExpertParallelConfig | ConfigError) -> NativeGroup:
-    """The native group of these ranks and this configuration: an existing one if every rank has it. Collective.
-
-    Args:
-        config: the configuration, or why this rank has none; then every rank raises.
-    """
-    key = (
-        None
-        if isinstance(config, ConfigError)
-        else (os.getpid(), rendezvous.ranks_of(group), config, device.of_tensors(config.device))
-    )
-    with _registry_lock:
-        building = _building.setdefault(rendezvous.ranks_of(group), threading.Lock())
-    with building:
-        with _registry_lock:
-            existing = None if key is None else _registry.get(key)
-        if existing is not None and not existing.usable:
-            existing = None
-        meeting = rendezvous.Rendezvous(group, _timeout_s(config))
-        try:
-            agreement = rendezvous.agree(meeting, config, None if existing is None else existing.job_key)
-        except BaseException as error:
-            meeting.give_up(error)
-            raise
-        assert key is not None  # agree has raised
-        assert isinstance(config, ExpertParallelConfig)
-        if existing is None or agreement.shared_key is None:
-            native = rendezvous.build(meeting, config, agreement)
-            existing = NativeGroup(native, config, agreement)
-            with _registry_lock:
-                _registry[key] = existing
-                _by_name[existing.name] = existing
-                _live.add(existing)
-                _hook_exit()
-        with _registry_lock:
-            existing.references += 1
-        return existing
-
-
-def _timeout_s(config: ExpertParallelConfig | ConfigError) -> float:
-    return _CONFIG_ERROR_TIMEOUT_S if isinstance(config, ConfigError) else config.timeout_s
-
-
-def _forget(native_group: NativeGroup) -> None:
-    with _registry_lock:
-        _live.discard(native_group)
-        for key in [key for key, value in _registry.items() if value is native_group]:
-            del _registry[key]
-
-
-def _hook_exit() -> None:
-    """Close at the end of this process. Children of multiprocessing run its finalizers and not those of atexit."""
-    global _hooked_pid
-    if _hooked_pid != os.getpid():
-        _hooked_pid = os.getpid()
-        atexit.register(_C.refuse_callbacks, _EXIT_TIMEOUT_S)  # after the next one: of groups that could not be closed
-        atexit.register(_close_all, _hooked_pid)
-        multiprocessing.util.Finalize(None, _close_all, args=(_hooked_pid,), exitpriority=100)
-
-
-def _close_all(pid: int) -> None:
-    if os.getpid() != pid:
-        return
-    deadline = time.monotonic() + _EXIT_TIMEOUT_S
-    ending = list(_live)
-    for native_group in ending:
-        native_group.refuse_calls()
-    for native_group in ending:
-        native_group.close_at_exit(max(0.1, deadline - time.monotonic()))

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from moe_efa import _C, native_group, plan_tensor
+from moe_efa import _C, group_registry, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.native_group import NativeGroup, PlanTables, StartedCall
 from moe_efa.quantization import BLOCK_SIZE
@@ -379,7 +379,7 @@ def _dispatch_fake(
     capacity: int | None = None,
     after: Tensor | None = None,
 ) -> list[Tensor]:
-    native = native_group.find(group)
+    native = group_registry.find(group)
     config, num_local_experts = native.config, native.config.num_experts // native.num_ranks
     shape = (x.shape[0], config.top_k)
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
@@ -439,7 +439,7 @@ def _combine_fake(
 def _combine_grads_fake(
     grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    top_k = native_group.find(group).config.top_k
+    top_k = group_registry.find(group).config.top_k
     grad_x = grad_rows.new_empty(num_tokens, grad_rows.shape[1])
     return grad_x, grad_weights.new_empty(num_tokens, top_k), torch.empty(0, device="cpu")
 
@@ -472,7 +472,7 @@ def start_dispatch(
         return native.start_replay(x.contiguous(), native_plan, fp8_output=output == "fp8")
     assert topk_idx is not None
     assert topk_weights is not None
-    native = native_group.find(group)
+    native = group_registry.find(group)
     _check_tokens(native.config, x)
     _check_routing(native, x, topk_idx, topk_weights)
     return native.start_dispatch(
@@ -487,13 +487,13 @@ def start_dispatch(
 
 def finish_dispatch(started: StartedCall, *, group: str) -> Dispatched:
     """The second half; of a replay only rows and scales mean anything."""
-    native_plan, rows, scales, weights = native_group.find(group).finish_dispatch(started)
+    native_plan, rows, scales, weights = group_registry.find(group).finish_dispatch(started)
     return _dispatched(native_plan, rows, scales, weights, group=group)
 
 
 def start_combine(y: Tensor, weights: Tensor | None, plan: Tensor, *, group: str, out: Tensor) -> StartedCall:
     """The first half of a combine into ``out``, without gradients; the group's ``finish`` is the second."""
-    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    native, native_plan = group_registry.find(group), plan_tensor.unwrap(plan, group)
     _check_rows(native.config, y, weights, native_plan.rows)
     if y.dtype != out.dtype:
         raise ValueError(f"y must be {out.dtype} like the waves before, not {y.dtype}")
@@ -533,7 +533,7 @@ def _dispatch_kernel(
     capacity: int | None = None,
     after: Tensor | None = None,
 ) -> list[Tensor]:
-    native = native_group.find(group)
+    native = group_registry.find(group)
     if output not in ("same", "fp8"):
         raise ValueError(f"output must be 'same' or 'fp8', not {output!r}")
     _check_tokens(native.config, x)
@@ -562,7 +562,7 @@ def _replay_fp8_kernel(
 
 
 def _find_replay(x: Tensor, plan: Tensor, group: str) -> tuple[NativeGroup, _C.Plan]:
-    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    native, native_plan = group_registry.find(group), plan_tensor.unwrap(plan, group)
     _check_tokens(native.config, x)
     if x.shape[0] != native_plan.num_tokens:
         raise ValueError(f"x has {x.shape[0]} tokens, but the handle's dispatch had {native_plan.num_tokens}")
@@ -578,7 +578,7 @@ def _combine_kernel(
     gradient: bool = False,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    native, native_plan = group_registry.find(group), plan_tensor.unwrap(plan, group)
     _check_rows(native.config, y, weights, native_plan.rows)
     weights = None if weights is None else weights.contiguous()
     out, _ = native.combine(y.contiguous(), native_plan, weights=weights, gradient=gradient)
@@ -588,7 +588,7 @@ def _combine_kernel(
 def _combine_grads_kernel(
     grad_rows: Tensor, grad_weights: Tensor, plan: Tensor, group: str, num_tokens: int, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    native, native_plan = native_group.find(group), plan_tensor.unwrap(plan, group)
+    native, native_plan = group_registry.find(group), plan_tensor.unwrap(plan, group)
     _check_rows(native.config, grad_rows, grad_weights, native_plan.rows)
     out, topk_weight_grads = native.combine(
         grad_rows.contiguous(), native_plan, weight_grads=grad_weights.contiguous(), gradient=True
@@ -600,7 +600,7 @@ def _combine_grads_kernel(
 def _weight_grads_kernel(grad_rows: Tensor, y: Tensor, plan: Tensor, group: str) -> Tensor:
     """[rows] fp32: ``(grad_rows.float() * y.float()).sum(-1)``, and 0 on padding rows, where y may be anything."""
     native_plan = plan_tensor.unwrap(plan, group)
-    if not hasattr(native_plan, "tables") and native_group.find(group).is_capturing():
+    if not hasattr(native_plan, "tables") and group_registry.find(group).is_capturing():
         raise ValueError("a graph holds gradients of topk_weights only if it holds the dispatch that they belong to")
     grads = torch.cat([(a.float() * b.float()).sum(-1) for a, b in zip(_blocks(grad_rows), _blocks(y), strict=True)])
     if not grads.is_cpu or hasattr(native_plan, "tables"):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_efa import native_group, nvtx, ops, plan_tensor
+from moe_efa import group_registry, nvtx, ops, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.late_gradients import LateGradients, Queue
 from moe_efa.native_group import NativeGroup, StartedCall
@@ -134,7 +134,7 @@ class _StartDispatch(torch.autograd.Function):
         assert call is not None
         assert gradients is not None
         halves.gradient = halves.gradients = None
-        native = native_group.find(halves.group)
+        native = group_registry.find(halves.group)
         _use_the_time(halves.late, native, call)
         native.finish(call)
         return gradients[0] if ctx.needs_input_grad[0] else None, gradients[1], None, None
@@ -163,7 +163,7 @@ class _FinishDispatch(torch.autograd.Function):
         grad_rows, _, grad_weights = grads[:3]
         if grad_rows is None:
             grad_rows = torch.zeros(ctx.rows_shape, dtype=ctx.dtype, device=ctx.device)
-        native, native_plan = native_group.find(halves.group), plan_tensor.unwrap(plan, halves.group)
+        native, native_plan = group_registry.find(halves.group), plan_tensor.unwrap(plan, halves.group)
         grad_x = native.empty(halves.num_tokens, native.config.hidden_size, dtype=grad_rows.dtype)
         grad_topk_weights = None
         if not halves.needs_weights:
@@ -205,7 +205,7 @@ class _StartCombine(torch.autograd.Function):
         call = halves.gradient
         assert call is not None
         halves.gradient = None
-        native = native_group.find(halves.group)
+        native = group_registry.find(halves.group)
         _use_the_time(halves.late, native, call)
         grad_rows = native.finish_dispatch(call)[1]
         grad_y, grad_weights = ops.combine_gradients(
@@ -220,7 +220,7 @@ class _FinishCombines(torch.autograd.Function):
         for halves in all_halves:
             call = halves.forward
             assert call is not None
-            native_group.find(halves.group).finish(call)
+            group_registry.find(halves.group).finish(call)
             halves.forward = None
         ctx.all_halves, ctx.sizes = all_halves, [len(halves.out) for halves in all_halves]
         ctx.save_for_backward(*(halves.plan for halves in all_halves))
@@ -234,7 +234,7 @@ class _FinishCombines(torch.autograd.Function):
         parts = torch.split(grad_out.contiguous(), ctx.sizes)
         waves = list(zip(ctx.all_halves, parts, ctx.saved_tensors, strict=True))
         for halves, part, plan in reversed(waves):  # the order in which they are waited for
-            native, native_plan = native_group.find(halves.group), plan_tensor.unwrap(plan, halves.group)
+            native, native_plan = group_registry.find(halves.group), plan_tensor.unwrap(plan, halves.group)
             halves.gradient = native.start_replay(part, native_plan, gradient=True)
         return None, None, *(_ticket() for _ in waves)
 

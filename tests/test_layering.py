@@ -30,7 +30,7 @@ INPUT_OUTPUT = re.compile(
 PYTHON_LAYERS = (
     ("_C", "_version", "env", "errors", "config", "device", "nvtx", "presets", "topology"),
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
-    ("handle", "native_group", "plan_tensor", "late_gradients"),
+    ("handle", "pointer", "dispatch_placement", "native_group", "group_registry", "plan_tensor", "late_gradients"),
     ("ops",),
     ("overlap",),
     ("checkpoint",),

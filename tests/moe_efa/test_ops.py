@@ -22,7 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moe_efa
-from moe_efa import ExpertParallel, host_memory, native_group, ops, plan_tensor
+from moe_efa import ExpertParallel, group_registry, host_memory, native_group, ops, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.testing import assert_bitwise
 from moe_efa.testing.in_process import in_process_ranks
@@ -356,7 +356,7 @@ def test_a_plan_belongs_to_its_group(ep: ExpertParallel) -> None:
 def test_closed_groups_are_not_kept() -> None:
     ep = open_ep(max_tokens_per_rank=8)
     name, group = ep._group, weakref.ref(ep._native)
-    assert native_group.find(name) is ep._native
+    assert group_registry.find(name) is ep._native
     out = ep.moe(*make_inputs(6), lambda rows, offsets: rows * 2)
     ep.close()
     with pytest.raises(moe_efa.ClosedError, match="the native group was closed"):
@@ -645,11 +645,11 @@ def test_calls_of_other_threads_end_when_the_process_does(monkeypatch: pytest.Mo
         assert not thread.is_alive()
         close(self, timeout_s)
 
-    monkeypatch.setattr(native_group, "_live", {ep._native})
+    monkeypatch.setattr(group_registry, "_live", {ep._native})
     monkeypatch.setattr(native_group.NativeGroup, "close_at_exit", close_later)
     thread = threading.Thread(target=go_on, daemon=True)
     thread.start()
-    native_group._close_all(os.getpid())
+    group_registry._close_all(os.getpid())
     assert [str(error) for error in errors] == ["the process is ending"]
     with pytest.raises(moe_efa.ClosedError, match="the process is ending"):
         ep.dispatch(*make_inputs(6, grad=False))

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
-from moe_efa import native_group
+from moe_efa import group_registry
 from moe_efa.nn import Router, SharedExperts, SwiGLUExperts
 from moe_efa.testing import assert_bitwise
 
@@ -155,7 +155,7 @@ def test_copies_share_the_native_group_and_are_closed_by_themselves():
     with pytest.raises(moe_efa.ClosedError):
         layer(x)
     copied.close()
-    assert native not in native_group._live
+    assert native not in group_registry._live
     copy.deepcopy(copied).close()  # of a closed one: closed
 
 
@@ -191,10 +191,10 @@ def test_pickling_says_what_to_do_instead(build, tmp_path):
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_failed_constructor_leaves_nothing_open(wrong):
-    before = len(native_group._live)
+    before = len(group_registry._live)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         moe_efa.MoELayer(**{**SIZES, "max_tokens_per_rank": 63, **wrong})
-    assert len(native_group._live) == before
+    assert len(group_registry._live) == before
 
 
 def test_experts_that_cannot_be_allocated_leave_nothing_open(monkeypatch):
@@ -202,10 +202,10 @@ def test_experts_that_cannot_be_allocated_leave_nothing_open(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(SwiGLUExperts, "reset_parameters", no_memory)
-    before = len(native_group._live)
+    before = len(group_registry._live)
     with pytest.raises(MemoryError):
         moe_efa.MoELayer(**{**SIZES, "max_tokens_per_rank": 62})
-    assert len(native_group._live) == before
+    assert len(group_registry._live) == before
 
 
 def test_what_the_bias_counts():
