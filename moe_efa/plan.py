@@ -163,16 +163,18 @@ def run_command(options: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(plan.as_dict(), indent=2) if options.json else format_table(plan))
+    changes = [f"--{name}".replace("--tokens", "--max-tokens") for name in preset if shape[name] != preset[name]]
+    source = f"preset {options.preset}" + (f", but for {', '.join(changes)}" if changes else "")
+    print(json.dumps({"shape": source, **plan.as_dict()}, indent=2) if options.json else format_table(plan, source))
     return 0
 
 
-def format_table(plan: Plan) -> str:
-    """The plan for people."""
+def format_table(plan: Plan, source: str) -> str:
+    """The plan for people. ``source``: where the shape is from."""
     config, num_nodes = plan.config, plan.num_ranks // plan.node_size
     rows = [
         ("ranks", f"{plan.num_ranks} in {num_nodes} nodes of {plan.node_size}"),
-        ("shape", f"H={config.hidden_size}, K={config.top_k}, E={config.num_experts}"),
+        ("shape", f"H={config.hidden_size}, K={config.top_k}, E={config.num_experts} ({source})"),
         ("tokens per dispatch", f"at most {config.max_tokens_per_rank} per rank"),
         ("wire, combine dtype", f"{config.wire_dtype}, {config.combine_dtype} (auto: room for fp32)"),
         ("of their gradients", f"{config.grad_dispatch_dtype}, {config.grad_combine_dtype}"),
