@@ -61,6 +61,7 @@ class MoELayer(nn.Module):
 
     Attributes:
         capacity: may be changed between calls, on all ranks, but not from or to None.
+        waves: may be changed between calls, on all ranks; with a capacity it is None or 1.
         router, experts, shared_experts: the parts; shared_experts may be None.
         tokens_per_expert: [E_local] int64 on the CPU, rows that this rank's experts got in the last forward. With a
             capacity on x's device, and of those that fit.
@@ -133,8 +134,7 @@ class MoELayer(nn.Module):
             if capacity is not None:
                 if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
                     raise ValueError(f"capacity must be an integer from 0 on, not {capacity!r}")
-                if waves not in (None, 1):
-                    raise ValueError(f"waves={waves} with a capacity, which is of one wave")
+                _check_one_wave(waves)
             config = _config(group, expert_parallel, sizes, options)
             if expert_parallel is None:
                 device_of.resolve(_where_tokens_are(device))
@@ -212,6 +212,8 @@ class MoELayer(nn.Module):
         hidden_size = self.expert_parallel.config.hidden_size
         if x.shape[-1:] != (hidden_size,) or x.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"x must be [..., {hidden_size}] in bf16 or fp32, not {list(x.shape)} in {x.dtype}")
+        if self.capacity is not None:
+            _check_one_wave(self.waves)
         if topk_weights is None:
             topk_idx, topk_weights, _ = self.router(x, topk_idx)
         elif topk_idx is None:
@@ -304,6 +306,11 @@ class MoELayer(nn.Module):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
         return copied
+
+
+def _check_one_wave(waves: int | None) -> None:
+    if waves not in (None, 1):
+        raise ValueError(f"waves={waves} with a capacity, which is of one wave")
 
 
 def _where_tokens_are(device: torch.device | str | None) -> torch.device | str | None:

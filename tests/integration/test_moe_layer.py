@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
-from moe_efa import native_group
+from moe_efa import group_registry
 from moe_efa.nn import Router, SharedExperts, SwiGLUExperts, moe_layer
 from moe_efa.testing import assert_bitwise, assert_within_ulps
 from moe_efa.testing.spawn import spawn
@@ -300,6 +300,10 @@ def test_arguments_that_do_not_fit_are_refused():
             layer(x, torch.zeros(3, 1, dtype=torch.int64))
         with pytest.raises(ValueError, match="no bias"):
             layer.update_bias()
+        bounded = moe_efa.MoELayer(expert_parallel=ep, intermediate_size=4, capacity=8)
+        bounded.waves = 2
+        with pytest.raises(ValueError, match="waves=2 with a capacity"):
+            bounded(x)
         layer.close()
         assert layer(x).shape == (3, 8)  # a corrected call works, and what was passed in stays open
 
@@ -307,10 +311,10 @@ def test_arguments_that_do_not_fit_are_refused():
 def one_rank_is_wrong(rank, group):
     options = {**SIZES, "node_size": 1, "hidden_size": 8, "intermediate_size": 4}
     wrong = {"score_function": "sofmax"} if rank == 1 else {}
-    before = len(native_group._live)
+    before = len(group_registry._live)
     with pytest.raises(ValueError, match="score_function") as raised:
         moe_efa.MoELayer(group, **options, **wrong)
-    assert len(native_group._live) == before
+    assert len(group_registry._live) == before
     with pytest.raises(ValueError, match="device must be"):
         moe_efa.MoELayer(group, **options, device="gpu" if rank == 1 else "cpu")
     layer = moe_efa.MoELayer(group, **options)  # the group is as good as before
@@ -319,7 +323,7 @@ def one_rank_is_wrong(rank, group):
     layer.close()
     assert copied(torch.randn(rank, 8)).shape == out.shape == (rank, 8)
     copied.close()
-    assert len(native_group._live) == before
+    assert len(group_registry._live) == before
     return type(raised.value).__name__
 
 
