@@ -16,6 +16,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 SYSTEM_ROOT = Path("/usr/aarch64-linux-gnu")
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-DMOE_EFA_MUTANTS=1"]
+MAIN = Path("tests/csrc/doctest_main.cc")
 KERNEL_TESTS = sorted(
     path.relative_to(ROOT)
     for path in (ROOT / "tests" / "csrc" / "kernels").glob("test_*.cc")
@@ -82,7 +83,7 @@ def test_kernels_on_aarch64(source: Path, cross_build: CrossBuild) -> None:
         pytest.skip("no doctest/doctest.h (Debian/Ubuntu: apt-get install doctest-dev)")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("CXX", COMPILER)
-        (test,) = cross_build.compile([source])
+        test, main = cross_build.compile([source, MAIN])
     program = FOLDER / source.stem
-    cross_build.link([str(test), *map(str, cross_build.objects)], program)
+    cross_build.link([str(test), str(main), *map(str, cross_build.objects)], program)
     subprocess.run([EMULATOR, "-L", str(SYSTEM_ROOT), str(program)], check=True, cwd=ROOT, timeout=500)

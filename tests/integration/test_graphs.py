@@ -169,8 +169,9 @@ def replay_before_the_dispatch(rank: int, group: dist.ProcessGroup, case: Case, 
         inputs = case.inputs(rank, ep)
         y = torch.zeros(128, case.hidden_size, dtype=case.dtype, device=ep.device)
         first, _, second, _ = capture_halves_of_a_round(ep, inputs, y)
-        (second if rank == 0 else first).replay()
+        dist.barrier(group)  # capturing, too, would be refused once rank 0 has failed
         try:
+            (second if rank == 0 else first).replay()
             synchronize_for_long(ep)
         except TransportError as error:
             return str(error)

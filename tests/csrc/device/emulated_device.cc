@@ -27,6 +27,8 @@ constexpr std::uint32_t kNumSms = 4;
 constexpr std::uint32_t kPlanWarps = 2;
 constexpr std::size_t kPageBytes = 64 << 10;  // memory begins where one does, as a GPU's
 
+thread_local int beside_captures_here = 0;
+
 [[noreturn]] void fail(const std::string& what) {
   throw common::StatusError({common::StatusCode::kInternal, -1, -1, -1, -1, "emulated device: " + what});
 }
@@ -321,6 +323,14 @@ void EmulatedDevice::wait_for(Stream stream, Mark mark) {
 void EmulatedDevice::release(Mark mark) {
   std::lock_guard lock(mutex_);
   if (points_.erase(mark) == 0) fail("release() of something else");
+}
+
+std::shared_ptr<void> EmulatedDevice::beside_captures() {
+  return {&++beside_captures_here, [](int* here) { --*here; }};
+}
+
+void EmulatedDevice::check_beside_captures() const {
+  if (beside_captures_here == 0) fail("memory of others is allocated without beside_captures()");
 }
 
 }  // namespace moe_efa::testing

@@ -77,13 +77,16 @@ class EmulatedDevice : public kernels::Device {
   bool reached(Mark mark) override;
   void wait_for(Stream stream, Mark mark) override;
   void release(Mark mark) override;
-  std::shared_ptr<void> beside_captures() override { return nullptr; }
+  std::shared_ptr<void> beside_captures() override;
   void flush_writes() override { ++flushes_; }
 
   // For tests.
   EmulatedStream& caller_stream() { return streams_[0]; }
   void delay(double seconds);  // of what the caller queues from here on
   kernels::DeviceFacts& change_facts() { return facts_; }
+  // Throws where this thread does not hold what beside_captures() gave: an allocator of others, as torch's, would fail
+  // while another thread captures.
+  void check_beside_captures() const;
   int flushes() const { return flushes_; }
   int imports() const { return imports_; }
   std::size_t num_mappings();  // allocated or imported, and not given back

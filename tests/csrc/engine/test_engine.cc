@@ -1,6 +1,5 @@
 // The engine by hand: events in, writes and actions out. Each check of a landing is shown to refuse, and to name the
 // rank, epoch and chunk; credits, completions, NICs and retirement are followed step by step.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

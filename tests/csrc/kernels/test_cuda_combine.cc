@@ -1,6 +1,5 @@
 // The body of the CUDA combine kernel, run on fibers: what publish, forward and reduce write is bitwise what the CPU
 // kernels write, with gradients of the weights, on several nodes and on one.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "cuda_testing.h"

@@ -1,6 +1,5 @@
 // The body of the CUDA pack kernel, run on fibers: chunks bitwise as the CPU kernel writes them, each published once
 // and only when it is whole, whatever the order of threads and blocks.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "cuda_testing.h"

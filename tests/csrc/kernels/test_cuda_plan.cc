@@ -1,6 +1,5 @@
 // The body of the CUDA plan kernel, run on fibers: rows, entries, counts and cuts are those of the CPU kernel, for any
 // number of blocks.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include "cuda_testing.h"

@@ -1,6 +1,5 @@
 // The body of the CUDA pull kernel, run on fibers: rows, weights, scales, padding, masks and pulls bitwise as the CPU
 // kernel leaves them; slots are given back in order; a chunk that cannot be right is refused.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

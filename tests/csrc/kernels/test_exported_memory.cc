@@ -1,5 +1,4 @@
 // ExportedMemory: what one process encodes another decodes, and anything else is refused; no two processes are one.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "kernels/cuda/exported_memory.h"
 
 #include <doctest/doctest.h>

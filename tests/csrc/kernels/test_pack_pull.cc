@@ -1,5 +1,4 @@
 // pack and pull of one chunk: rows land where the sender's index says, and no field of a chunk is believed unchecked.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,6 +1,5 @@
 // The send plan: rows in token order, entries by (expert, top-k position), counts and cuts; bad experts are refused.
 // Static mode: what a node's ranks have room for, by hand.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

@@ -1,6 +1,5 @@
 // FP8 rows against slow rounding by definition: a table of the e4m3 numbers and the nearest of them, the even one of a
 // tie. Every code, every bf16, blocks with NaN, infinities, zeros and subnormals, short blocks, sums from and to FP8.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,5 +1,4 @@
 // Row arithmetic: bitwise equal to the obvious loops, with infinities, NaN and ties.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cmath>

@@ -1,6 +1,7 @@
 // The 32-bit immediate: every field survives the round trip, the bits are where the drawing says.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
+
+#include <initializer_list>
 
 #include "proto/imm.h"
 

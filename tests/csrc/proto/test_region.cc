@@ -1,5 +1,4 @@
 // The region's layout: everything aligned, inside the region and disjoint; the chunk sizes fit their slots.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

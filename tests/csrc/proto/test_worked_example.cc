@@ -1,5 +1,4 @@
 // The worked example of the wire document, byte for byte: what pack, announce and forward write, against its hex dumps.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cstdio>

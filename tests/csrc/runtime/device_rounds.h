@@ -99,6 +99,7 @@ inline Results run_rounds(Group& group, EmulatedDevice* device, std::uint32_t ra
       void* send = request.send_memory = device->allocate(group.device_send_bytes(tokens));
       void* plan = nullptr;
       group.set_allocate([&](std::uint64_t, const runtime::DispatchSizes& sizes) {
+        device->check_beside_captures();
         combine.plan = sizes.plan;
         plan = device->allocate(std::max<std::size_t>(sizes.plan_bytes, 1));
         return runtime::DispatchMemory{make_room(*sizes.plan), plan};

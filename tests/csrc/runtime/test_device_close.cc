@@ -1,6 +1,5 @@
 // Calls whose kernels run after they have returned, as on a GPU: they need no later call of their caller, synchronize()
 // and close() come after results, errors come before memory is given up, and a stop ends kernels that wait.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <unistd.h>
 
@@ -37,6 +36,7 @@ struct Round {
 
   std::uint64_t start_dispatch(Group& group, EmulatedDevice& device, const std::function<void()>& before_memory = {}) {
     group.set_allocate([this, &device, before_memory](std::uint64_t, const runtime::DispatchSizes& sizes) {
+      device.check_beside_captures();
       if (before_memory) before_memory();
       plan = sizes.plan;
       rows.resize(static_cast<std::size_t>(plan->rows()) * kHidden);

@@ -1,6 +1,5 @@
 // What becomes of a device library that opens, and of files that are none. The library is device_library_stand_in.cc,
 // built beside this program.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <unistd.h>
 

@@ -2,7 +2,6 @@
 // beside them, over rails within the process. Built with a thread sanitizer; every result is compared bit by bit.
 // Workloads and expected results are the simulator's. A rank's kernels are those of the CPU, or those of a GPU on
 // fibers.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sched.h>
 

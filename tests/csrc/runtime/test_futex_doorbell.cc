@@ -1,5 +1,4 @@
 // FutexDoorbell: a ring wakes a sleeper, one that came before it fell asleep too, and no other rank.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "runtime/futex_doorbell.h"
 
 #include <doctest/doctest.h>

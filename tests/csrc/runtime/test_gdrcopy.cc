@@ -1,6 +1,5 @@
 // GDRCopy, played by a library beside this program: what is stored into a window arrives, what cannot work is told in
 // words, and groups that use it give the bits of the CPU.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <unistd.h>
 

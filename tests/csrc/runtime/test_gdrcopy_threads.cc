@@ -1,6 +1,5 @@
 // Whole groups whose flags go through a window onto device memory, under a thread sanitizer: callers, drivers, kernels
 // and the thread that plays the bus.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <string>

@@ -1,6 +1,5 @@
 // Calls in graphs, under a thread sanitizer: ranks are threads, each with an emulated device whose streams are threads
 // too. Every replay is a call of the group like any other; after an error, or behind close(), replays fall through.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <unistd.h>
 
@@ -91,6 +90,7 @@ struct Round {
     std::shared_ptr<kernels::Plan> exact;
     std::vector<float> got, got_weights;
     group.set_allocate([&](std::uint64_t, const runtime::DispatchSizes& sizes) {
+      device.check_beside_captures();
       exact = sizes.plan;
       got.resize(static_cast<std::size_t>(exact->rows()) * kHidden + 1);
       got_weights.resize(static_cast<std::size_t>(exact->rows()) + 1);

@@ -1,7 +1,6 @@
 // Whole groups as threads of one process, built with a thread sanitizer: what the caller, the background thread, the
 // driver and the failure detector of a rank share. (Ranks meet in segments that each of them maps for itself, where no
 // race shows; that part is test_driver_threads.cc.) Results are compared bit by bit with those of calls in one.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <unistd.h>
 

@@ -1,6 +1,5 @@
 // Groups whose slots lie in memory of a device (one of host memory, which the calls of the CPU can use): the same bits
 // as with slots in the region, over every transport; and what does not fit together is refused with its cure.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -1,7 +1,6 @@
 // build: mutants
 // Deliberately wrong protocols must be caught: an oracle that catches nothing proves nothing. Each mutant is run on the
 // same seeds as the unmutated protocol, which must be clean on them.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <string>

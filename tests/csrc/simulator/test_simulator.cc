@@ -1,6 +1,5 @@
 // Whole groups of real engines, pumps and CPU calls over simulated SRD: every seed of every profile must be clean, with
 // outputs bitwise equal to the serial reference. A failing seed prints how to run it again.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <string>

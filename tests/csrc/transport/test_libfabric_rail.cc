@@ -2,7 +2,6 @@
 //     csrc/transport/libfabric_*.cc -ldl -o test_libfabric_rail
 // LibfabricRail over a software provider, several rails in one process. MOE_EFA_LIBFABRIC and MOE_EFA_TEST_PROVIDER
 // (default tcp) choose what is tested; everything is skipped where no libfabric can be opened.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <signal.h>
 

@@ -1,5 +1,4 @@
 // The pump's order around a flush: what a NIC has placed in a GPU's memory is made visible before its arrival is told.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <cstring>

@@ -1,6 +1,5 @@
 // g++ -std=c++20 -Icsrc tests/csrc/transport/test_reorder_rail.cc csrc/transport/reorder_rail.cc
 // ReorderRail over a scripted rail that records what it is asked for and completes what it is told to.
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
 #include <algorithm>

@@ -1,6 +1,5 @@
 // g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_segment.cc csrc/transport/segment.cc
 //     -o test_segment
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <sched.h>

@@ -1,6 +1,5 @@
 // g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_shm_rail.cc csrc/transport/shm_rail.cc
 //     csrc/transport/segment.cc -lpthread -o test_shm_rail
-#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
