@@ -285,7 +285,7 @@ class BuildExtension(build_ext):
         python_include = Path(sysconfig.get_path("include"))
         if not (python_include / "Python.h").exists():
             raise BuildError(f"no Python.h in {python_include}: install python3-dev (Debian/Ubuntu) or python3-devel")
-        common = [*COMPILE_FLAGS, *libfabric.flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        common = [*COMPILE_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         # Only the bindings can see Python and pybind11. The version stands in the flags because the folder does not
         # count for "up to date".
         binding_flags = [f"-DMOE_EFA_PYBIND11_VERSION={pybind11.__version__}"]
@@ -293,7 +293,10 @@ class BuildExtension(build_ext):
             binding_flags += ["-isystem", str(include)]
 
         sources = source_files()
-        flags = {path: common + (binding_flags if path.parts[1] == "bindings" else []) for path in sources}
+        flags = dict.fromkeys(sources, common)
+        flags |= {path: [*common, *binding_flags] for path in sources if path.parts[1] == "bindings"}
+        # Nor do others than these know whether there is a libfabric.
+        flags |= {path: [*common, *libfabric.flags] for path in sources if path.name.startswith("libfabric_")}
         objects = ObjectCompiler(OBJECTS).compile(sources, flags)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
