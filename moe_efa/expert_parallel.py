@@ -16,6 +16,7 @@ from moe_efa.config import ExpertParallelConfig
 from moe_efa.errors import ClosedError, ConfigError
 from moe_efa.handle import DispatchResult, Handle, PendingCombine, PendingDispatch
 from moe_efa.late_gradients import LateGradients
+from moe_efa.op_kernels import Dispatched
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _MAX_ROWS = 2**31 - 1  # offsets are int32
@@ -356,7 +357,7 @@ class ExpertParallel:
         _check_not_compiling("moe_waves")
         _check_waves(waves, self.config.max_tokens_per_rank)
 
-        def results(received: ops.Dispatched, num_tokens: int) -> Tensor:
+        def results(received: Dispatched, num_tokens: int) -> Tensor:
             handle = self._make_handle(received, num_tokens, expert_alignment, None)
             y = compute(_result(received.rows, handle))
             if not isinstance(y, Tensor):
@@ -453,7 +454,7 @@ class ExpertParallel:
             raise ClosedError("this ExpertParallel was closed")
 
     def _make_handle(
-        self, received: ops.Dispatched, num_tokens: int, expert_alignment: int, capacity: int | None
+        self, received: Dispatched, num_tokens: int, expert_alignment: int, capacity: int | None
     ) -> Handle:
         return Handle(
             plan=received.plan,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_efa import group_registry, nvtx, ops, plan_tensor
+from moe_efa import group_registry, nvtx, op_kernels, ops, plan_tensor
 from moe_efa.config import ExpertParallelConfig
 from moe_efa.late_gradients import LateGradients, Queue
 from moe_efa.native_group import NativeGroup, StartedCall
@@ -81,9 +81,9 @@ def start_dispatch(
     return _StartDispatch.apply(x, topk_weights, topk_idx, halves)  # type: ignore[no-untyped-call]
 
 
-def finish_dispatch(halves: DispatchHalves, ticket: Tensor) -> ops.Dispatched:
+def finish_dispatch(halves: DispatchHalves, ticket: Tensor) -> op_kernels.Dispatched:
     """Wait for the dispatch. Of a replay only rows and scales mean anything."""
-    return ops.Dispatched(*_FinishDispatch.apply(ticket, halves))  # type: ignore[no-untyped-call]
+    return op_kernels.Dispatched(*_FinishDispatch.apply(ticket, halves))  # type: ignore[no-untyped-call]
 
 
 class CombineHalves:
@@ -113,7 +113,7 @@ class _StartDispatch(torch.autograd.Function):
     ) -> Tensor:
         halves.needs_weights = ctx.needs_input_grad[1]
         halves.num_tokens = x.shape[0]
-        halves.forward = ops.start_dispatch(
+        halves.forward = op_kernels.start_dispatch(
             x.detach(),
             topk_idx,
             None if topk_weights is None else topk_weights.detach(),
@@ -145,12 +145,12 @@ class _FinishDispatch(torch.autograd.Function):
     def forward(ctx: Any, ticket: Tensor, halves: DispatchHalves) -> tuple[Tensor, ...]:
         call = halves.forward
         assert call is not None
-        results = ops.finish_dispatch(call, group=halves.group)
+        results = op_kernels.finish_dispatch(call, group=halves.group)
         halves.forward = None
         ctx.halves, ctx.rows_shape, ctx.dtype = halves, results.rows.shape, results.rows.dtype
         ctx.device = results.rows.device
         ctx.save_for_backward(results.plan)
-        fp8 = (results.rows,) if results.rows.dtype == ops.FP8_DTYPE else ()
+        fp8 = (results.rows,) if results.rows.dtype == op_kernels.FP8_DTYPE else ()
         ctx.mark_non_differentiable(*fp8, results.scales, *results[3:])
         ctx.set_materialize_grads(False)
         return tuple(results)
@@ -192,7 +192,7 @@ class _StartCombine(torch.autograd.Function):
         needs_weight_grads = weights is not None and ctx.needs_input_grad[1]
         ctx.halves = halves
         ctx.save_for_backward(weights, y if needs_weight_grads else None, plan)
-        halves.forward = ops.start_combine(
+        halves.forward = op_kernels.start_combine(
             y.detach(), None if weights is None else weights.detach(), plan, group=halves.group, out=halves.out
         )
         return _ticket()
@@ -257,7 +257,7 @@ def moe(
     x: Tensor,
     topk_idx: Tensor,
     topk_weights: Tensor,
-    compute: Callable[[ops.Dispatched, int], Tensor],
+    compute: Callable[[op_kernels.Dispatched, int], Tensor],
     *,
     native: NativeGroup,
     expert_alignment: int,

@@ -31,7 +31,7 @@ PYTHON_LAYERS = (
     ("_C", "_version", "env", "errors", "config", "device", "nvtx", "presets", "topology"),
     ("reference", "triton_kernels", "quantization", "routing", "rendezvous", "libfabric", "simulator", "host_memory"),
     ("handle", "pointer", "dispatch_placement", "native_group", "group_registry", "plan_tensor", "late_gradients"),
-    ("ops",),
+    ("op_kernels", "op_shapes", "ops"),
     ("overlap",),
     ("checkpoint",),
     ("expert_parallel",),

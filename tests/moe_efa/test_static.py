@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 
 import moe_efa
-from moe_efa import ExpertParallel, ops, plan_tensor, reference
+from moe_efa import ExpertParallel, op_kernels, plan_tensor, reference
 from moe_efa.testing import assert_bitwise
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 16, 4, 2, 6
@@ -194,7 +194,7 @@ def test_padding_is_found_without_the_host(ep: ExpertParallel) -> None:
     one_expert = torch.full_like(topk_idx, 2)
     for idx, capacity in itertools.product((topk_idx, one_expert, one_expert - 3), (None, 0, 1, 5, 2 * TOKENS, 30)):
         d = ep.dispatch(x, idx, topk_weights, capacity=capacity, expert_alignment=2)
-        padding = ops._is_padding(plan_tensor.unwrap(d.handle.plan, ep._group), d.weights)
+        padding = op_kernels.is_padding(plan_tensor.unwrap(d.handle.plan, ep._group), d.weights)
         assert_bitwise(padding, d.weights == 0)
 
 
