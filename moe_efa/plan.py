@@ -146,6 +146,7 @@ def run_command(options: argparse.Namespace) -> int:
             "tokens": options.max_tokens,
         }
         shape = preset | {name: value for name, value in given.items() if value is not None}
+        changed = [name for name in preset if shape[name] != preset[name]]
         config = ExpertParallelConfig(
             num_experts=shape["experts"],
             hidden_size=shape["hidden"],
@@ -163,8 +164,7 @@ def run_command(options: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    changes = [f"--{name}".replace("--tokens", "--max-tokens") for name in preset if shape[name] != preset[name]]
-    source = f"preset {options.preset}" + (f", but for {', '.join(changes)}" if changes else "")
+    source = f"preset {options.preset}" + (f" with other {', '.join(changed)}" if changed else "")
     print(json.dumps({"shape": source, **plan.as_dict()}, indent=2) if options.json else format_table(plan, source))
     return 0
 
@@ -174,7 +174,8 @@ def format_table(plan: Plan, source: str) -> str:
     config, num_nodes = plan.config, plan.num_ranks // plan.node_size
     rows = [
         ("ranks", f"{plan.num_ranks} in {num_nodes} nodes of {plan.node_size}"),
-        ("shape", f"H={config.hidden_size}, K={config.top_k}, E={config.num_experts} ({source})"),
+        ("shape is of", source),
+        ("shape", f"H={config.hidden_size}, K={config.top_k}, E={config.num_experts}"),
         ("tokens per dispatch", f"at most {config.max_tokens_per_rank} per rank"),
         ("wire, combine dtype", f"{config.wire_dtype}, {config.combine_dtype} (auto: room for fp32)"),
         ("of their gradients", f"{config.grad_dispatch_dtype}, {config.grad_combine_dtype}"),

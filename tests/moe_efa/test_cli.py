@@ -196,7 +196,8 @@ def test_plan_table_has_the_parts_and_queues(capsys):
     for word in ("registered per rank", "dispatch rings", "combine send slots", "publish", "counts", "flags"):
         assert word in text
     assert "events towards each NIC" in text
-    assert "E=384 (preset kimi-k2, but for --max-tokens)" in text
+    assert "E=384" in text
+    assert "preset kimi-k2 with other tokens" in text
 
 
 def test_single_options_override_the_preset_of_a_plan(capsys):
@@ -221,7 +222,7 @@ def test_single_options_override_the_preset_of_a_plan(capsys):
     )
     found = json.loads(capsys.readouterr().out)
     assert (found["hidden"], found["topk"], found["experts"], found["max_tokens"]) == (512, 8, 8, 4096)
-    assert found["shape"] == "preset kimi-k2, but for --hidden, --experts"
+    assert found["shape"] == "preset kimi-k2 with other hidden, experts"
     assert cli.main(["plan", "--max-tokens", "0"]) == 1
 
 
