@@ -26,7 +26,7 @@ class DispatchRows(NamedTuple):
     weights: Tensor | None  # of a fresh dispatch
 
 
-class DispatchMemory(NamedTuple):
+class DispatchOutput(NamedTuple):
     """Where a dispatch on a device puts its rows."""
 
     rows: Tensor
@@ -41,7 +41,7 @@ class UnplacedDispatch(NamedTuple):
     is_replay: bool
     stream: Any  # where its kernels run; None without a GPU
     plan_memory: tuple[Tensor, ...]
-    results: DispatchMemory | None  # in static mode, memory that is there already
+    results: DispatchOutput | None  # in static mode, memory that is there already
 
 
 class DispatchPlacement:
@@ -56,18 +56,18 @@ class DispatchPlacement:
         self._hidden_size, self._device, self._own_stream = hidden_size, device, own_stream
         self._starting = threading.Lock()  # held until _unplaced knows what was started
         self._unplaced: dict[int, UnplacedDispatch] = {}
-        self._placed: dict[int, tuple[DispatchRows, tuple[Tensor | None, ...]]] = {}  # with all their new memory
+        self._placed: dict[int, tuple[DispatchRows, Tensor | None]] = {}  # with new memory of their plans
 
-    def results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> DispatchMemory:
+    def results(self, num_rows: int, dtype: torch.dtype, *, with_weights: bool) -> DispatchOutput:
         """Memory for so many rows, now."""
         rows, scales, weights = self._empty(num_rows, self._hidden_size, dtype=dtype), None, None
         if dtype == torch.float8_e4m3fn:
             scales = self._empty(num_rows, -(-self._hidden_size // BLOCK_SIZE), dtype=torch.float32)
         if with_weights:
             weights = self._empty(num_rows, dtype=torch.float32)
-        return DispatchMemory(rows, scales, weights)
+        return DispatchOutput(rows, scales, weights)
 
-    def static_results(self, capacity: int, dtype: torch.dtype) -> DispatchMemory:
+    def static_results(self, capacity: int, dtype: torch.dtype) -> DispatchOutput:
         """Before anything is sent: a capacity that is too much memory is this rank's error alone."""
         try:
             return self.results(capacity, dtype, with_weights=True)
@@ -109,12 +109,15 @@ class DispatchPlacement:
         except Exception as error:
             self.error = error
             raise
-        self._placed[ticket] = DispatchRows(plan, rows, scales, weights), (rows, scales, weights, pulls)
+        self._placed[ticket] = DispatchRows(plan, rows, scales, weights), pulls
         return pointer(rows), pointer(weights), pointer(scales), pointer(pulls)
 
     def memory_of(self, ticket: int) -> tuple[Tensor | None, ...]:
         """What the dispatch was given."""
-        return self._placed[ticket][1] if ticket in self._placed else ()
+        if ticket not in self._placed:
+            return ()
+        (_, *results), pulls = self._placed[ticket]
+        return (*results, pulls)
 
     def take(self, ticket: int) -> DispatchRows:
         """The results, once."""

@@ -1,4 +1,7 @@
-"""A native group, serialised by a lock: tensors in, tensors out; arguments have been checked. It knows no autograd."""
+"""A native group, serialised by a lock (I16). Tensors in, tensors out; arguments have been checked.
+
+It knows nothing of autograd.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from moe_efa import _C, device, host_memory, nvtx, rendezvous
 from moe_efa._version import __version__
 from moe_efa.config import ExpertParallelConfig
-from moe_efa.dispatch_placement import DispatchMemory, DispatchPlacement, DispatchRows, UnplacedDispatch
+from moe_efa.dispatch_placement import DispatchOutput, DispatchPlacement, DispatchRows, UnplacedDispatch
 from moe_efa.errors import ClosedError, TransportError
 from moe_efa.pointer import pointer
 from moe_efa.quantization import BLOCK_SIZE
@@ -60,7 +63,11 @@ class PlanTables(NamedTuple):
 
 
 class NativeGroup:
-    """A native group with its lock. Calls may come from any thread; they wait for each other."""
+    """A native group with its lock. Calls may come from any thread; they wait for each other.
+
+    Args:
+        on_close: called once, before the native group closes and with the lock held: it must not call back.
+    """
 
     def __init__(
         self,
@@ -425,7 +432,7 @@ class NativeGroup:
                 self._kept.pop(ticket, None)
 
     def _start_dispatch(
-        self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor, results: DispatchMemory | None = None
+        self, call: _Dispatch, dtype: torch.dtype, *memory: Tensor, results: DispatchOutput | None = None
     ) -> StartedCall:
         stream = self._placement.stream_of_kernels(alone=call.alone)
         unplaced = UnplacedDispatch(dtype, call.is_replay, stream, call.memory, results) if self.on_device else None
@@ -448,8 +455,16 @@ class NativeGroup:
             self._record_streams(memory)
             if self._has_recorded:
                 self._native.catch_up(device.current_stream(self.device))  # before what others wait for is held
-            started.ticket = start() if unplaced is None else self._placement.start(start, unplaced)
-            self._kept[started.ticket] = memory
+
+            def begin() -> int:
+                started.ticket = ticket = start()
+                self._kept[ticket] = memory
+                return ticket
+
+            if unplaced is None:
+                begin()
+            else:
+                self._placement.start(begin, unplaced)
         return started
 
     def _forget_dropped(self) -> None:

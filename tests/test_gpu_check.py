@@ -105,6 +105,11 @@ def test_the_device_half_compiles(tmp_path: Path, dry_run: dict[str, Any]) -> No
     include = ["-Icsrc", "-isystem", str(setup.cuda_toolkit(nvcc) / "include")]
     host = [*setup.compiler(), *build.HOST_FLAGS, "-Werror", "-Wall", "-DMOE_EFA_SHIM_ON_GPU=1", *include]
     subprocess.run([*host, "-fsyntax-only", "bench/gpu/kernels_shim.cc"], check=True, cwd=ROOT)
+    tests = [*host, *build.TEST_FLAGS]
+    for test in build.TESTS:
+        subprocess.run([*tests, "-fsyntax-only", test], check=True, cwd=ROOT)
+    subprocess.run([*tests, "-c", build.TESTS_MAIN, "-o", tmp_path / "main.o"], check=True, cwd=ROOT)
+    assert " T main\n" in subprocess.run(["nm", tmp_path / "main.o"], check=True, capture_output=True, text=True).stdout
     arch = "-gencode=arch=compute_90a,code=sm_90a"
     command = [nvcc, "-std=c++20", arch, *include, "-c", "bench/gpu/waits.cu", "-o", tmp_path / "waits.o"]
     subprocess.run(command, check=True, cwd=ROOT)

@@ -13,6 +13,7 @@ from .package import ROOT, WORK
 
 HERE = Path("bench/gpu")
 TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/csrc/kernels").glob("test_cuda_*.cc"))
+TESTS_MAIN = Path("tests/csrc/doctest_main.cc")
 HOST_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-pthread", "-ffp-contract=off")
 EMULATED_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-pthread", "-ffp-contract=off", "-fvisibility=hidden")
 SHIM_NEEDS = ("pack.cc", "plan.cc", "quantize.cc", "rows.cc", "stream.cc")  # of csrc/kernels/cpu
@@ -58,16 +59,16 @@ def build_for_gpu(setup: ModuleType, nvcc: Path, arch: str) -> list[Path]:
     code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
     flags = {path: [*generic, code, "-Xcompiler=-fPIC"] for path in kernels}
     flags |= {path: [*HOST_FLAGS, "-O3"] for path in common}  # large results are compared with theirs
-    flags |= {path: [*HOST_FLAGS, *TEST_FLAGS, *include] for path in TESTS}
+    flags |= {path: [*HOST_FLAGS, *TEST_FLAGS, *include] for path in (TESTS_MAIN, *TESTS)}
     flags[shim] = [*HOST_FLAGS, "-fvisibility=hidden", "-DMOE_EFA_SHIM_ON_GPU=1", *include]
-    sources = [*kernels, *common, *TESTS, shim]
+    sources = [*kernels, *common, TESTS_MAIN, *TESTS, shim]
     objects = dict(zip(sources, setup.ObjectCompiler(WORK / "objects").compile(sources, flags), strict=True))
     runtime = [*cuda_runtime(setup, nvcc), "-ldl", "-lrt"]
     shared = [objects[path] for path in (*kernels, *common)]
 
     def link(test: Path) -> Path:
         target = WORK / test.stem
-        _link(setup, [objects[test], *shared], target, runtime)
+        _link(setup, [objects[test], objects[TESTS_MAIN], *shared], target, runtime)
         return target
 
     with ThreadPoolExecutor() as pool:

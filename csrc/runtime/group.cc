@@ -22,9 +22,9 @@ using proto::Phase;
 
 namespace {
 
-// The longest sleep of the background:
-constexpr long kBackgroundPauseUs = 200;  // where there are rails and no core to spare
-constexpr long kDevicePauseUs = 10;       // where kernels do not ring
+// The longest sleep of the background, where it is not kMatesPauseUs:
+constexpr long kBackgroundPauseUs = 200;  // rails or a device, and no core to spare
+constexpr long kDevicePauseUs = 10;       // a device, whose kernels do not ring, and cores to spare
 
 // Two busy threads a rank: the caller and the driver.
 bool is_crowded(const GroupConfig& config) {

@@ -1,4 +1,6 @@
 // A Group's calls that are waited for: the loop of all waiting, and what calls need before they begin.
+#include <algorithm>
+
 #include "common/check.h"
 #include "kernels/cpu/plan.h"
 #include "runtime/backoff.h"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import moe_efa
 from moe_efa import device as device_of
-from moe_efa import native_group
+from moe_efa.dispatch_placement import DispatchPlacement
 from moe_efa.errors import TransportError
 from moe_efa.handle import PendingDispatch
 from moe_efa.testing import device_rounds
@@ -221,7 +221,7 @@ def have_no_memory(rank: int, group: dist.ProcessGroup, case: Case, device: str)
     ep.dispatch(*inputs)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 0:
-            patch.setattr(native_group.NativeGroup, "_results", no_results)
+            patch.setattr(DispatchPlacement, "results", no_results)
         pending = ep.dispatch_start(*inputs)
         if rank == 0:
             dist.barrier(group)

@@ -18,9 +18,9 @@ import triton
 OLDEST = "3.6.0"
 # Every kernel once in the interpreter, against its twin, and once through the compiler.
 SELECTION = (
-    "docstring or odd-hidden-size or short or (compiles and (h7168-bf16-fp32 or plan_rows or dequantize_1x128-bf16 "
-    "or permute-bf16 or permute_quantize-bf16-fp32 or backward-bf16 or swiglu-bf16 or router or gemm_fp8-bf16 "
-    "or 128x128-4096x7168-bf16))"
+    "docstring or odd-hidden-size or short or single_rank or (compiles and (h7168-bf16-fp32 or plan_rows "
+    "or dequantize_1x128-bf16 or permute-bf16 or permute_quantize-bf16-fp32 or backward-bf16 or swiglu-bf16 or router "
+    "or gemm_fp8-bf16 or 128x128-4096x7168-bf16))"
 )
 
 

@@ -1,5 +1,3 @@
-// g++ -std=c++20 -Icsrc -DMOE_EFA_HAVE_LIBFABRIC=1 tests/csrc/transport/test_libfabric_choice.cc
-//     csrc/transport/libfabric_choice.cc csrc/transport/libfabric_memory.cc
 // What the libfabric rail decides from facts alone, EFA's included: no library, no device.
 #include <doctest/doctest.h>
 

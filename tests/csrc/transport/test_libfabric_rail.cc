@@ -1,5 +1,3 @@
-// g++ -std=c++20 -O2 -Wall -Wextra -Icsrc -DMOE_EFA_HAVE_LIBFABRIC=1 tests/csrc/transport/test_libfabric_rail.cc
-//     csrc/transport/libfabric_*.cc -ldl -o test_libfabric_rail
 // LibfabricRail over a software provider, several rails in one process. MOE_EFA_LIBFABRIC and MOE_EFA_TEST_PROVIDER
 // (default tcp) choose what is tested; everything is skipped where no libfabric can be opened.
 #include <doctest/doctest.h>

@@ -1,5 +1,3 @@
-// g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_liveness.cc csrc/transport/liveness*.cc
-//     csrc/transport/control_*.cc -lpthread -o test_liveness
 // Liveness between objects of one process: meeting, strangers, words on the wire, callers of several threads.
 #include <doctest/doctest.h>
 #include <netinet/in.h>

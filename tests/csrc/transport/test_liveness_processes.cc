@@ -1,5 +1,3 @@
-// g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_liveness_processes.cc csrc/transport/liveness*.cc
-//     csrc/transport/control_*.cc -lpthread -o test_liveness_processes
 // Liveness between processes that are killed, stopped and woken. Forks: no thread of the parent is alive then.
 #include <doctest/doctest.h>
 #include <sys/mman.h>

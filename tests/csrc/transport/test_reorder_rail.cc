@@ -1,4 +1,3 @@
-// g++ -std=c++20 -Icsrc tests/csrc/transport/test_reorder_rail.cc csrc/transport/reorder_rail.cc
 // ReorderRail over a scripted rail that records what it is asked for and completes what it is told to.
 #include <doctest/doctest.h>
 

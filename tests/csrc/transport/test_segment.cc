@@ -1,5 +1,4 @@
-// g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_segment.cc csrc/transport/segment.cc
-//     -o test_segment
+// Segment: what is made is mapped by others, and what is left behind is swept.
 #include <doctest/doctest.h>
 #include <fcntl.h>
 #include <sched.h>

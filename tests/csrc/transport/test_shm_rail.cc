@@ -1,5 +1,4 @@
-// g++ -std=c++20 -O2 -Wall -Wextra -Icsrc tests/csrc/transport/test_shm_rail.cc csrc/transport/shm_rail.cc
-//     csrc/transport/segment.cc -lpthread -o test_shm_rail
+// ShmRail between objects, threads and processes.
 #include <doctest/doctest.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
