@@ -62,6 +62,15 @@ def softmax_topk(
     return Routing(topk_idx, weights, scores)
 
 
+def kept_groups(groups: Tensor, out: Tensor) -> Tensor:
+    """[..., G, E / G] biased scores and [..., G] which groups are out -> [..., E], where those come after all others.
+
+    A bias of -inf, which takes an expert out, must not put it level with those.
+    """
+    lowest = torch.finfo(groups.dtype).min
+    return groups.clamp(min=lowest).masked_fill(out[..., None], float("-inf")).flatten(-2)
+
+
 def sigmoid_group_topk(
     logits: Tensor,
     top_k: int,
@@ -111,7 +120,7 @@ def sigmoid_group_topk(
                 group_scores = groups.topk(2, dim=-1).values.sum(-1)
                 best = group_scores.topk(topk_group, dim=-1, sorted=False).indices
                 out = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, best, False)
-                biased = groups.masked_fill(out[..., None], float("-inf")).flatten(-2)
+                biased = kept_groups(groups, out)
             topk_idx = biased.topk(top_k, dim=-1, sorted=False).indices
         weights = scores.gather(-1, topk_idx)
     else:

@@ -57,6 +57,23 @@ def test_sigmoid_selects_what_a_slow_twin_selects(n_group, topk_group, norm):
         assert got == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("topk_group", [1, 2])
+def test_experts_that_a_bias_takes_out_come_before_those_of_other_groups(topk_group):
+    torch.manual_seed(2)
+    logits, bias = torch.randn(60, 12), torch.randn(12)
+    bias[torch.randperm(12)[:7]] = -torch.inf
+    biased = logits.sigmoid() + bias
+    groups = biased.view(-1, 3, 4).sort(-1, descending=True).values[..., :2].sum(-1)
+    kept = groups.topk(topk_group).indices
+    options = {"n_group": 3, "topk_group": topk_group, "e_score_correction_bias": bias}
+    chosen = routing.sigmoid_group_topk(logits, 4, **options).topk_idx
+    enabled = groups.isfinite().sum(-1) >= topk_group  # otherwise groups are level, too
+    assert enabled.any()
+    for row, ids in zip(chosen[enabled], kept[enabled], strict=True):
+        assert set((row // 4).tolist()) <= set(ids.tolist())
+        assert len(set(row.tolist())) == 4
+
+
 @pytest.mark.parametrize("norm", [True, False], ids=["normalised", "raw"])
 def test_softmax_selects_what_a_slow_twin_selects(norm):
     torch.manual_seed(2)

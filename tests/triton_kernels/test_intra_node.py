@@ -219,6 +219,16 @@ def wrong_configurations_are_refused_by_all(rank: int, group: dist.ProcessGroup)
             IntraNode(group, **{**Case(2).sizes, **changes})
 
 
+def test_a_handle_of_other_sizes_is_refused(device: torch.device) -> None:
+    sizes = {"num_experts": 3, "hidden_size": 7, "top_k": 2}
+    x, topk_idx = torch.ones(2, 7, device=device), torch.tensor([[0, 1], [2, 2]], device=device)
+    d = IntraNode(None, **sizes).dispatch(x, topk_idx, torch.ones(2, 2, device=device))
+    for change in ({"num_experts": 4}, {"hidden_size": 5}, {"top_k": 1}):
+        other = IntraNode(None, **sizes | change)
+        with pytest.raises(ValueError, match="another group or configuration"):
+            other.combine(torch.ones(d.handle.rows, other.hidden_size, device=device), d.handle)
+
+
 def compiled_steps_are_the_eager_ones(rank: int, group: dist.ProcessGroup) -> None:
     node = IntraNode(group, **Case(2).sizes)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_efa.testing import assert_bitwise, routing
-from moe_efa.triton_kernels import reference
+from moe_efa.triton_kernels import autograd, reference
 from moe_efa.triton_kernels.permute import permute
 
 # routing, tokens, experts, top_k, alignment, hidden size
@@ -56,7 +56,10 @@ def test_bad_arguments_are_refused() -> None:
         ((torch.zeros(8), plan), {}, r"x must be \[num_tokens, hidden_size\]"),
         ((torch.zeros(2, 0), plan), {}, "hidden_size > 0"),
         ((x.half(), plan), {}, "bfloat16 or float32"),
-        ((torch.zeros(3, 8), plan), {}, r"positions must be \[3, top_k\]"),
+        ((torch.zeros(3, 8), plan), {}, "there are 3 tokens, the plan is of 2"),
+        ((x, plan._replace(tokens_per_expert=torch.ones(2, 2).long()[:, 0])), {}, "tokens_per_expert must be contig"),
+        ((x, plan._replace(tokens_per_expert=torch.ones(2))), {}, "tokens_per_expert must be int64"),
+        ((x, plan), {"num_rows": -1}, "num_rows must not be negative"),
         ((x, plan._replace(offsets=plan.offsets[1:])), {}, r"offsets must be \[3\]"),
         ((x, plan), {"topk_weights": torch.zeros(2, 3)}, r"topk_weights must be \[2, 2\]"),
         ((x, plan), {"topk_weights": torch.zeros(2, 2).double()}, "topk_weights must be float32"),
@@ -64,3 +67,15 @@ def test_bad_arguments_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             permute(*arguments, **kwargs)
+
+
+def test_num_rows_may_be_a_number_of_the_plan() -> None:
+    plan = reference.plan_rows(torch.tensor([[0, 1], [1, -1]]), num_experts=2, expert_alignment=2)
+    rows, _ = permute(torch.ones(2, 8), plan, num_rows=plan.offsets[-1])
+    assert rows.shape == (4, 8)
+
+
+def test_gradients_need_weights() -> None:
+    plan = reference.plan_rows(torch.tensor([[0, 1]]), num_experts=2)
+    with pytest.raises(ValueError, match="topk_weights are needed"):
+        autograd.permute(torch.ones(1, 8), None, plan)  # type: ignore[arg-type]

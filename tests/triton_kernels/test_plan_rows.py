@@ -92,9 +92,22 @@ def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:
         (torch.tensor([[1 << 32]]), {}, r"in \[-1, 3\)"),
         (torch.tensor([[0]]), {"num_experts": 0}, "num_experts"),
         (torch.tensor([[0]]), {"expert_alignment": 0}, "expert_alignment"),
+        (torch.tensor([[0]]), {"expert_alignment": 2.5}, "expert_alignment must be a positive integer"),
         (torch.tensor([[0]]), {"expert_alignment": 1 << 30}, "too many"),
     ],
-    ids=["1d", "no-k", "float", "strided", "id-3", "id--2", "id-2-to-32", "no-experts", "align-0", "too-many"],
+    ids=[
+        "1d",
+        "no-k",
+        "float",
+        "strided",
+        "id-3",
+        "id--2",
+        "id-2-to-32",
+        "no-experts",
+        "align-0",
+        "align-2.5",
+        "too-many",
+    ],
 )
 def test_bad_arguments_are_refused(topk_idx: torch.Tensor, kwargs: dict[str, int], message: str) -> None:
     if torch.cuda.is_available():

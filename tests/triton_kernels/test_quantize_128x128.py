@@ -45,6 +45,12 @@ def test_non_finite_input_makes_its_block_nan(bad: float, device: torch.device) 
     assert scales.isnan().cpu().nonzero().tolist() == [[1, 1, 1]]
 
 
+def test_the_sign_of_a_nan_is_not_kept(device: torch.device) -> None:
+    x = torch.ones(1, 16, 16, device=device)
+    x[0, 3, 5] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)
+    assert_equals_twin(x)
+
+
 def test_blocks_of_zeros_and_of_subnormals(device: torch.device) -> None:
     x = torch.zeros(1, 128, 384, device=device)
     x[0, 7, 130], x[0, 9, 300] = 2.0**-140, 448 * 2.0**-126

@@ -122,6 +122,22 @@ def test_ids_are_in_range_whatever_the_logits(options: dict[str, Any], bad: floa
     assert all(len(set(row)) == 4 for row in chosen.tolist())
 
 
+@pytest.mark.parametrize("function", [router_topk, reference.router_topk], ids=["triton", "torch"])
+def test_an_expert_that_a_bias_takes_out_still_comes_before_other_groups(
+    function: Callable[..., Routing], device: torch.device
+) -> None:
+    logits = torch.tensor([[0.0, 0, 0, 0, 3, 3, 0, 0]], device=device)
+    bias = torch.tensor([-torch.inf, -torch.inf, 0, 0, 0, 0, -torch.inf, -torch.inf], device=device)
+    options = {"score_function": "sigmoid", "e_score_correction_bias": bias, "n_group": 2, "topk_group": 1}
+    assert function(logits, 3, **options).topk_idx.tolist() == [[4, 5, 6]]
+
+
+@pytest.mark.parametrize("function", [router_topk, reference.router_topk], ids=["triton", "torch"])
+def test_no_tokens_with_groups(function: Callable[..., Routing], device: torch.device) -> None:
+    routing = function(torch.zeros(0, 6, device=device), 2, score_function="sigmoid", n_group=3, topk_group=2)
+    assert [tuple(tensor.shape) for tensor in routing] == [(0, 2), (0, 2), (0, 6)]
+
+
 def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:
     run_docstring_example(router_topk, reference.router_topk)
 
@@ -136,6 +152,9 @@ def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:
         (torch.zeros(2, 8), {"score_function": "sigmoid", "n_group": 3, "topk_group": 1}, "n_group=3"),
         (torch.zeros(2, 1), {}, "top_k=2 of 1 experts"),
         (torch.zeros(2, 5000), {}, "at most 4096"),
+        (torch.zeros(2, 8), {"score_function": "sigmoid", "n_group": 2.0}, "n_group must be a positive integer"),
+        (torch.zeros(2, 8), {"routed_scaling_factor": torch.ones(())}, "routed_scaling_factor must be a number"),
+        (None, {}, "logits must be a tensor"),
         (torch.zeros(2, 8), {"topk_idx": torch.zeros(2, 3, dtype=torch.int64)}, r"topk_idx must be \[2, 2\]"),
         (torch.zeros(1, 8), {"topk_idx": torch.tensor([[0, 8]])}, r"in \[-1, 8\)"),
         (
@@ -144,7 +163,21 @@ def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:
             r"e_score_correction_bias must be \[8\]",
         ),
     ],
-    ids=["1d", "fp16", "function", "softmax-groups", "groups", "top-k", "many", "pinned", "pinned-id", "bias"],
+    ids=[
+        "1d",
+        "fp16",
+        "function",
+        "softmax-groups",
+        "groups",
+        "top-k",
+        "many",
+        "float",
+        "factor",
+        "none",
+        "pinned",
+        "pinned-id",
+        "bias",
+    ],
 )
 def test_bad_arguments_are_refused(logits: torch.Tensor, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

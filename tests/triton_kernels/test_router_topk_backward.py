@@ -117,3 +117,7 @@ def test_bad_arguments_are_refused(grad_weights: torch.Tensor, kwargs: dict[str,
     routing = Routing(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), torch.zeros(1, 8))
     with pytest.raises(ValueError, match=message):
         router_topk_backward(grad_weights, routing, **kwargs)
+    wrong = routing._replace(topk_idx=torch.tensor([[9, 0]]))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"topk_idx must be in \[-1, 8\)"):
+            router_topk_backward(torch.zeros(1, 2), wrong)

@@ -47,6 +47,8 @@ def permute(x: Tensor, topk_weights: Tensor, plan: RowPlan, *, num_rows: int | N
     Returns:
         ``rows`` ``[num_rows, hidden_size]`` in x's dtype and ``weights`` ``[num_rows]`` fp32.
     """
+    if topk_weights is None:
+        raise ValueError("topk_weights are needed here; permute without gradients does without them")
     return _permute_op(x, topk_weights, *plan, num_rows)
 
 

@@ -19,6 +19,8 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     """Shape (a word stands for any size, 0 only if it is the first), dtype and layout."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor {_words(shape)}, got {type(x).__name__}")
     if x.dim() != len(shape) or any(
         isinstance(want, int) and size != want for size, want in zip(x.shape, shape, strict=False)
     ):
@@ -31,6 +33,27 @@ def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: 
         raise ValueError(f"{name} must be {allowed}, got {x.dtype}")
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def check_positive(**numbers: int) -> None:
+    """Sizes, which become part of a kernel or of shapes."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a positive integer, got {number!r}")
+
+
+def check_number(name: str, number: float) -> None:
+    """A factor or a bound, which becomes part of a kernel: no tensor."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise ValueError(f"{name} must be a number, got {type(number).__name__}")
+
+
+def check_limit(limit: float | None) -> None:
+    """Of the inputs of an activation; None is no limit."""
+    if limit is not None:
+        check_number("limit", limit)
+        if not limit > 0:
+            raise ValueError(f"limit must be positive, got {limit}")
 
 
 def _words(shape: tuple[int | str, ...]) -> str:

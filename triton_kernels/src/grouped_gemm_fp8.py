@@ -7,6 +7,7 @@ step of 128 along K, so that products of FP8 are added in the tensor core within
 from __future__ import annotations
 
 import importlib
+import itertools
 from types import ModuleType
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .checks import FLOATS, check_devices, check_tensor
+from .checks import FLOATS, check_devices, check_positive, check_tensor
 from .reference import BLOCK_SIZE
 
 NUM_WARPS = 8  # with 4 the accumulator does not fit in registers
@@ -46,7 +47,8 @@ def grouped_gemm_fp8_kernel(  # type: ignore[no-untyped-def]
     group = tl.arange(0, padded_groups)
     begin = tl.load(offsets_ptr + group, mask=group <= num_experts, other=0)
     end = tl.load(offsets_ptr + group + 1, mask=group < num_experts, other=0)
-    end = tl.where(group == num_experts, num_rows, end)
+    # Whatever offsets say, nothing is written behind out.
+    end = tl.minimum(tl.where(group == num_experts, num_rows, end), num_rows)
     tiles = tl.where(group <= num_experts, (end - begin + block_size - 1) // block_size, 0)
     tiles_until = tl.cumsum(tiles, axis=0)
     expert = tl.sum((tiles_until <= row_tile).to(tl.int32), axis=0)
@@ -84,8 +86,9 @@ def grouped_gemm_fp8(
 
     Against exact arithmetic on the dequantized operands, the error of an element is at most ``(k + 2) * 2**-24 * sum
     |a * b|``, and the rounding to ``dtype``, where products of FP8 are added in fp32: in the interpreter, and in
-    ``reference.grouped_gemm_fp8``. A Hopper tensor core adds 128 products at a time with fewer bits, about 14. Neither
-    this kernel nor the call of DeepGEMM has been run on a GPU yet.
+    ``reference.grouped_gemm_fp8``. It holds where the product of a row's and a weight's scale is a normal fp32 number,
+    for these two are multiplied first, as in DeepGEMM. A Hopper tensor core adds 128 products at a time with fewer
+    bits, about 14. Neither this kernel nor the call of DeepGEMM has been run on a GPU yet.
 
     Args:
         a: ``[num_rows, k]`` float8_e4m3fn, contiguous, on a CUDA device of compute capability 9.0 or newer (on the CPU
@@ -93,7 +96,8 @@ def grouped_gemm_fp8(
         a_scales: ``[num_rows, ceil(k / 128)]`` fp32, as of ``permute_quantize`` and ``swiglu_quantize``.
         b: ``[num_experts, n, k]`` float8_e4m3fn.
         b_scales: ``[num_experts, ceil(n / 128), ceil(k / 128)]`` fp32, as of ``quantize_128x128``.
-        offsets: ``[num_experts + 1]`` int32, where each expert's rows begin; any alignment will do.
+        offsets: ``[num_experts + 1]`` int32, where each expert's rows begin; any alignment will do. Ascending from 0 to
+            at most num_rows.
         expert_alignment: what all offsets are multiples of, if it is known. DeepGEMM needs a multiple of 128.
         dtype: bf16 or fp32, of the result.
         implementation: ``"triton"``, ``"deep_gemm"``, or ``"auto"``: DeepGEMM where it is installed and serves the
@@ -103,8 +107,8 @@ def grouped_gemm_fp8(
         ``[num_rows, n]`` in ``dtype``; zeros behind ``offsets[-1]``.
 
     Raises:
-        ValueError: shape, dtype, layout, device or a number is not supported, or DeepGEMM was asked for and cannot be
-            had.
+        ValueError: shape, dtype, layout, device or a number is not supported, DeepGEMM was asked for and cannot be had,
+            or (on the CPU) offsets are not as they must be; on a GPU rows of such offsets mean nothing.
 
     Example (a test reuses it): two experts, one row each.
 
@@ -123,6 +127,7 @@ def grouped_gemm_fp8(
     check_tensor("a_scales", a_scales, shape=(num_rows, k_blocks), dtypes=(torch.float32,))
     check_tensor("b_scales", b_scales, shape=(num_experts, n_blocks, k_blocks), dtypes=(torch.float32,))
     check_tensor("offsets", offsets, shape=(num_experts + 1,), dtypes=(torch.int32,))
+    check_positive(num_experts=num_experts, expert_alignment=expert_alignment)
     if n % 16 or k % 16:
         raise ValueError(f"n and k must be multiples of 16, got {n} and {k}")
     if dtype not in FLOATS:
@@ -130,6 +135,11 @@ def grouped_gemm_fp8(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     check_devices(grouped_gemm_fp8_kernel, a, a_scales, b, b_scales, offsets, capability=(9, 0))
+    for name, operand in (("a", a), ("b", b)):
+        if operand.data_ptr() % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes, as every new tensor does")
+    if offsets.is_cpu:
+        _check_offsets(offsets.tolist(), num_rows)
     if implementation != "triton":
         obstacle = _obstacle_to_deep_gemm(a, expert_alignment, dtype)
         if obstacle is None:
@@ -160,6 +170,12 @@ def grouped_gemm_fp8(
             num_stages=NUM_STAGES,
         )
     return out
+
+
+def _check_offsets(offsets: list[int], num_rows: int) -> None:
+    ascending = all(first <= second for first, second in itertools.pairwise(offsets))
+    if offsets[0] != 0 or not ascending or offsets[-1] > num_rows:
+        raise ValueError(f"offsets must ascend from 0 to at most the {num_rows} rows, got {offsets}")
 
 
 def _find_deep_gemm() -> ModuleType | None:

@@ -33,6 +33,7 @@ class Handle:
     tokens_per_expert: Tensor = field(repr=False)
     num_tokens: int  # that this rank dispatched
     expert_alignment: int
+    sizes: tuple[int, int, int] = field(repr=False)  # num_experts, hidden_size, top_k
     options: ops.Options = field(repr=False)
 
     @property
@@ -142,6 +143,7 @@ class IntraNode:
                 raise ConfigError(f"{name}={word!r} is unknown; use one of {', '.join(words)}")
         self.num_experts, self.hidden_size, self.top_k = num_experts, hidden_size, top_k
         name = "" if group is None else group.group_name
+        self._sizes = num_experts, hidden_size, top_k
         self._options = ops.Options(name, wire_dtype, combine_dtype, fp8_scale)
 
     @property
@@ -217,6 +219,7 @@ class IntraNode:
             tokens_per_expert=received.tokens_per_expert,
             num_tokens=num_tokens,
             expert_alignment=expert_alignment,
+            sizes=self._sizes,
             options=self._options,
         )
         return _result(received.rows, handle)
@@ -250,7 +253,7 @@ class IntraNode:
         if not isinstance(handle, Handle):
             hint = ": pass its .handle" if isinstance(handle, DispatchResult) else ""
             raise ValueError(f"handle must be the handle of a DispatchResult, not a {type(handle).__name__}{hint}")
-        if handle.options != self._options:
+        if (handle.sizes, handle.options) != (self._sizes, self._options):
             raise ValueError("the handle belongs to another group or configuration")
 
 

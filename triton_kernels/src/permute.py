@@ -10,6 +10,7 @@ from torch import Tensor
 from .checks import ASSERTING, FLOATS, check_devices, check_tensor
 from .reference import RowPlan
 from .rows import (
+    check_num_rows,
     check_plan,
     check_row_floats,
     column_blocks,
@@ -97,6 +98,7 @@ def permute(
     top_k = plan.positions.shape[1]
     check_row_floats("topk_weights", topk_weights, (num_tokens, top_k))
     check_devices(permute_kernel, x, topk_weights, plan.positions, plan.offsets, plan.tokens_per_expert)
+    num_rows = check_num_rows(num_rows)
     num_padding, tail_programs = padding_programs(plan, num_rows)
     num_rows = resolve_num_rows(plan, num_rows)
 

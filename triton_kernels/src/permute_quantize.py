@@ -10,7 +10,15 @@ from torch import Tensor
 from .checks import ASSERTING, FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
 from .numerics import quantize_blocks
 from .reference import BLOCK_SIZE, QuantizedRows, RowPlan
-from .rows import check_plan, check_row_floats, padding_programs, padding_rows, resolve_num_rows, store_row_weights
+from .rows import (
+    check_num_rows,
+    check_plan,
+    check_row_floats,
+    padding_programs,
+    padding_rows,
+    resolve_num_rows,
+    store_row_weights,
+)
 
 # 16 elements a thread: two 16-byte loads of bf16, one 16-byte store of FP8.
 BLOCKS_PER_PROGRAM = 8
@@ -115,6 +123,7 @@ def permute_quantize(
         plan.tokens_per_expert,
         capability=FP8_CAPABILITY,
     )
+    num_rows = check_num_rows(num_rows)
     num_padding, tail_programs = padding_programs(plan, num_rows)
     num_rows = resolve_num_rows(plan, num_rows)
 

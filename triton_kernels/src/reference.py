@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_efa.quantization import BLOCK_SIZE, FP8_MAX, MIN_SCALE, SCALE_FORMATS, dequantize_1x128, quantize_1x128
-from moe_efa.routing import Routing
+from moe_efa.routing import Routing, kept_groups
 
 __all__ = [
     "BLOCK_SIZE",
@@ -229,11 +229,11 @@ def router_topk(
     if topk_idx is None:
         biased = scores if e_score_correction_bias is None else scores + e_score_correction_bias
         if topk_group < n_group:
-            groups = biased.view(len(biased), n_group, -1)
+            groups = biased.view(len(biased), n_group, biased.shape[1] // n_group)
             two_best = groups.sort(dim=-1, descending=True, stable=True).values[..., :2]
             best = _first(two_best[..., 0] + two_best[..., 1], topk_group)
             out = torch.ones(groups.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, False)
-            biased = groups.masked_fill(out[..., None], -torch.inf).flatten(1)
+            biased = kept_groups(groups, out)
         topk_idx = _first(biased, top_k)
     weights = scores.gather(1, topk_idx.clamp(min=0)).masked_fill(topk_idx < 0, 0.0)
     if norm_topk_prob:
@@ -281,7 +281,8 @@ def quantize_128x128(x: Tensor) -> tuple[Tensor, Tensor]:
     # A row with the largest magnitude of every block has the scales of the blocks.
     _, scales = quantize_1x128(amax.view(-1, 1))
     scales = scales.view(amax.shape)
-    quotients = (blocks / scales[:, :, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded.shape)
+    quotients = (blocks / scales[:, :, None, :, None]).clamp(-FP8_MAX, FP8_MAX)
+    quotients = _one_nan(quotients, torch.float32).view(padded.shape)
     return quotients[:, :n, :k].to(torch.float8_e4m3fn).contiguous(), scales
 
 

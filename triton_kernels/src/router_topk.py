@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_efa.routing import Routing, check_groups
 
-from .checks import ASSERTING, FLOATS, check_devices, check_tensor
+from .checks import ASSERTING, FLOATS, check_devices, check_number, check_positive, check_tensor
 
 MAX_EXPERTS = 4096
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -164,6 +164,8 @@ def router_topk(
         raise ValueError(f"score_function must be one of {SCORE_FUNCTIONS}, got {score_function!r}")
     if score_function == "softmax" and (e_score_correction_bias is not None or n_group != 1):
         raise ValueError("a bias and groups go with score_function='sigmoid'")
+    check_positive(top_k=top_k, n_group=n_group, topk_group=topk_group)
+    check_number("routed_scaling_factor", routed_scaling_factor)
     if num_experts > MAX_EXPERTS or not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k} of {num_experts} experts is not supported (at most {MAX_EXPERTS} experts)")
     check_groups(num_experts, top_k, n_group, topk_group)
@@ -172,10 +174,8 @@ def router_topk(
     if topk_idx is not None:
         check_tensor("topk_idx", topk_idx, shape=(num_tokens, top_k), dtypes=(torch.int64,))
     check_devices(router_topk_kernel, logits, e_score_correction_bias, topk_idx)
-    if topk_idx is not None and topk_idx.is_cpu and topk_idx.numel():
-        least, largest = int(topk_idx.min()), int(topk_idx.max())
-        if not -1 <= least <= largest < num_experts:
-            raise ValueError(f"topk_idx must be in [-1, {num_experts}), got {least} to {largest}")
+    if topk_idx is not None:
+        check_ids(topk_idx, num_experts)
 
     chosen = torch.empty((num_tokens, top_k), dtype=torch.int64, device=logits.device)
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits.device)
@@ -198,7 +198,7 @@ def router_topk(
             top_k=top_k,
             norm_topk_prob=norm_topk_prob,
             epsilon=SIGMOID_EPSILON,
-            routed_scaling_factor=routed_scaling_factor,
+            routed_scaling_factor=float(routed_scaling_factor),
             padded_groups=padded_groups,
             padded_group_size=padded_group_size,
             padded_top_k=triton.next_power_of_2(top_k),
@@ -207,6 +207,14 @@ def router_topk(
             **ASSERTING,
         )
     return Routing(chosen, weights, scores)
+
+
+def check_ids(topk_idx: Tensor, num_experts: int) -> None:
+    """Looked at on the CPU; on a GPU that would wait."""
+    if topk_idx.is_cpu and topk_idx.numel():
+        least, largest = int(topk_idx.min()), int(topk_idx.max())
+        if not -1 <= least <= largest < num_experts:
+            raise ValueError(f"topk_idx must be in [-1, {num_experts}), got {least} to {largest}")
 
 
 def tile(num_experts: int, n_group: int) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_efa.routing import Routing
 
-from .checks import FLOATS, check_devices, check_tensor
+from .checks import FLOATS, check_devices, check_number, check_tensor
 from .numerics import rounded
-from .router_topk import MAX_EXPERTS, SCORE_FUNCTIONS, SIGMOID_EPSILON, num_warps
+from .router_topk import MAX_EXPERTS, SCORE_FUNCTIONS, SIGMOID_EPSILON, check_ids, num_warps
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -43,11 +43,11 @@ def router_topk_backward_kernel(  # type: ignore[no-untyped-def]
         for k in tl.static_range(top_k):
             idx = tl.load(topk_idx_ptr + token * top_k + k)
             any_selected = any_selected | (idx >= 0)
-            total += tl.load(scores_ptr + token * num_experts + idx, mask=idx >= 0, other=0.0)
+            total += tl.load(scores_ptr + token * num_experts + idx, mask=(idx >= 0) & (idx < num_experts), other=0.0)
         total = tl.where(any_selected, total, 1.0) if softmax else total + epsilon
         for k in tl.static_range(top_k):
             idx = tl.load(topk_idx_ptr + token * top_k + k)
-            score = tl.load(scores_ptr + token * num_experts + idx, mask=idx >= 0, other=0.0)
+            score = tl.load(scores_ptr + token * num_experts + idx, mask=(idx >= 0) & (idx < num_experts), other=0.0)
             of_weight = tl.load(grad_weights_ptr + token * top_k + k, mask=idx >= 0, other=0.0) * routed_scaling_factor
             inner += of_weight * tl.div_rn(score, total)
     for k in tl.static_range(top_k):
@@ -88,7 +88,8 @@ def router_topk_backward(
         ``[num_tokens, num_experts]`` in ``dtype``.
 
     Raises:
-        ValueError: shape, dtype, layout, device or a word is not supported.
+        ValueError: shape, dtype, layout, device, a number or a word is not supported, or (on the CPU) a selected id is
+            outside [-1, num_experts).
 
     Example (a test reuses it): without renormalization, of one selected sigmoid of 1/2 the slope is 1/4.
 
@@ -108,9 +109,11 @@ def router_topk_backward(
         raise ValueError(f"score_function must be one of {SCORE_FUNCTIONS}, got {score_function!r}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be bfloat16 or float32, got {dtype}")
+    check_number("routed_scaling_factor", routed_scaling_factor)
     if num_experts > MAX_EXPERTS:
         raise ValueError(f"{num_experts} experts are not supported (at most {MAX_EXPERTS})")
     check_devices(router_topk_backward_kernel, grad_weights, grad_scores, routing.topk_idx, routing.scores)
+    check_ids(routing.topk_idx, num_experts)
 
     grad_logits = torch.empty((num_tokens, num_experts), dtype=dtype, device=grad_weights.device)
     if num_tokens == 0:
@@ -128,7 +131,7 @@ def router_topk_backward(
             top_k=top_k,
             norm_topk_prob=norm_topk_prob,
             epsilon=SIGMOID_EPSILON,
-            routed_scaling_factor=routed_scaling_factor,
+            routed_scaling_factor=float(routed_scaling_factor),
             padded_experts=padded_experts,
             num_warps=num_warps(padded_experts),
             enable_fp_fusion=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +47,15 @@ def store_row_weights(  # type: ignore[no-untyped-def]
     tl.store(weights_ptr + rows, weights, mask=rows >= 0)
 
 
+def check_num_rows(num_rows: int | None) -> int | None:
+    """As an int; ValueError for what counts no rows."""
+    if num_rows is None:
+        return None
+    if operator.index(num_rows) < 0:
+        raise ValueError(f"num_rows must not be negative, got {num_rows}")
+    return operator.index(num_rows)
+
+
 def padding_programs(plan: RowPlan, num_rows: int | None) -> tuple[int, int]:
     """How many programs fill padding, and how many of these the tail behind the last expert."""
     if num_rows is not None:
@@ -69,7 +80,10 @@ def resolve_num_rows(plan: RowPlan, num_rows: int | None) -> int:
 
 def check_plan(plan: RowPlan, num_tokens: int) -> None:
     """The plan's tensors fit together and ``num_tokens`` tokens."""
-    check_tensor("positions", plan.positions, shape=(num_tokens, "top_k"), dtypes=(torch.int32,))
+    check_tensor("positions", plan.positions, shape=("num_tokens", "top_k"), dtypes=(torch.int32,))
+    if len(plan.positions) != num_tokens:
+        raise ValueError(f"there are {num_tokens} tokens, the plan is of {len(plan.positions)}")
+    check_tensor("tokens_per_expert", plan.tokens_per_expert, shape=("num_experts",), dtypes=(torch.int64,))
     num_experts = len(plan.tokens_per_expert)
     check_tensor("offsets", plan.offsets, shape=(num_experts + 1,), dtypes=(torch.int32,))
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
+from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_limit, check_scale_format, check_tensor
 from .numerics import quantize_blocks, rounded
 from .reference import BLOCK_SIZE
 from .rows import check_row_floats
@@ -124,8 +124,7 @@ def _check(gate_up: Tensor, weights: Tensor | None, limit: float | None, *, fp8:
     if columns % 2:
         raise ValueError(f"gate_up must have an even number of columns, got {columns}")
     check_row_floats("weights", weights, (num_rows,))
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit must be positive, got {limit}")
+    check_limit(limit)
     check_devices(swiglu_kernel, gate_up, weights, capability=FP8_CAPABILITY if fp8 else None)
     return num_rows, columns // 2
 
@@ -144,7 +143,7 @@ def _launch(
             out,
             scales,
             num_blocks,
-            limit=limit,
+            limit=None if limit is None else float(limit),
             intermediate_size=intermediate_size,
             power_of_two=power_of_two,
             blocks_per_program=BLOCKS_PER_PROGRAM,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_scale_format, check_tensor
+from .checks import FLOATS, FP8_CAPABILITY, check_devices, check_limit, check_scale_format, check_tensor
 from .numerics import quantize_blocks, rounded
 from .reference import BLOCK_SIZE, SwiGLUGrads
 from .rows import check_row_floats
@@ -123,8 +123,7 @@ def swiglu_backward(
     intermediate_size = columns // 2
     check_tensor("grad_hidden", grad_hidden, shape=(num_rows, intermediate_size), dtypes=(gate_up.dtype,))
     check_row_floats("weights", weights, (num_rows,))
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit must be positive, got {limit}")
+    check_limit(limit)
     if quantized and intermediate_size % BLOCK_SIZE:
         raise ValueError(f"quantized gradients need a multiple of {BLOCK_SIZE} columns, got {intermediate_size}")
     check_devices(
@@ -149,7 +148,7 @@ def swiglu_backward(
             grad_weights,
             q,
             scales,
-            limit=limit,
+            limit=None if limit is None else float(limit),
             intermediate_size=intermediate_size,
             power_of_two=scale_format == "ue8m0",
             num_blocks=num_blocks,
