@@ -6,7 +6,7 @@
     python bench/gpu_check.py --dry-run                          # the whole flow on the CPU; its times mean nothing
 
 Nothing has to be installed but torch, Triton, nvcc and g++. Sections run as processes with time limits; results are
-written as they come, to build/gpu-check, and the JSON document after each section. bench/README.md says what is
+written as they come, to build/gpu-check, and the JSON document every few seconds. bench/README.md says what is
 counted. Exit status: 0 when all results agree, 1 when not, 2 where this machine cannot tell (no GPU, nvcc or g++, or no
 time). What is too slow changes no exit status.
 """
@@ -14,10 +14,12 @@ time). What is too slow changes no exit status.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from gpu import machine, package, sections
+from gpu.budget import end_with_parent
 from gpu.run import Options, build_all, check
 
 
@@ -34,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     inner = parser.add_argument_group("one section, as the check itself starts them")
     inner.add_argument("--section", help=argparse.SUPPRESS)
     inner.add_argument("--results", type=Path, help=argparse.SUPPRESS)
-    inner.add_argument("--limit", type=float, default=600.0, help=argparse.SUPPRESS)
+    inner.add_argument("--deadline", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     unknown = set(options.only or ()) - {section.name for section in sections.SECTIONS}
     if unknown:
@@ -47,13 +49,14 @@ def main() -> int:
     entry = Path(__file__).resolve()
     try:
         if options.section:
+            end_with_parent()
             package.use_tree()
             if options.dry_run:
                 from gpu import dry_run
 
                 dry_run.use_interpreter()
             for name in options.section.split(","):
-                sections.run_section(name, options.results, entry, dry_run=options.dry_run, limit_s=options.limit)
+                sections.run_section(name, options.results, entry, dry_run=options.dry_run, deadline=options.deadline)
             return 0
         if options.build:
             capability = None

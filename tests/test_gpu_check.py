@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -375,11 +376,35 @@ def test_the_budget_bounds_every_job_and_leaves_out_what_does_not_fit(tmp_path: 
     assert budget.left_s() == 0.0
 
 
+def test_a_job_ends_with_who_started_it(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    child = (
+        "import os, time; from pathlib import Path; from gpu.budget import end_with_parent; end_with_parent();"
+        f"Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = (
+        "import sys; from pathlib import Path; from gpu.budget import Budget, Job;"
+        f"job = Job(name='a', command=[sys.executable, '-c', {child!r}], limit_s=60.0);"
+        f"Budget(60.0).run(job, log=Path({str(tmp_path / 'log')!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "PYTHONPATH": str(ROOT / "bench")})
+    deadline = time.monotonic() + 30.0
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    status = Path("/proc", pid_file.read_text(), "stat")
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_section_says_what_it_leaves_out(tmp_path: Path) -> None:
     from gpu import results
     from gpu.setting import make_setting
 
-    setting = make_setting("part", tmp_path, dry_run=True, limit_s=5.0, timed=True)
+    setting = make_setting("part", tmp_path, dry_run=True, deadline=time.monotonic() + 5.0, timed=True)
     assert setting.has_time_for("a little", 1.0)
     assert not setting.has_time_for("much", 50.0)
     records = list(results.read(tmp_path / "part.jsonl"))
@@ -492,6 +517,8 @@ def test_what_the_sanitizer_says_is_judged() -> None:
     summary = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
     assert judge(99, summary)[0] is False
     assert judge(0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")[0] is True
+    warned = "========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)"
+    assert judge(0, warned)[0] is True
     assert judge(1, "========= Error: Device not supported. Please refer to the documentation")[0] is None
     assert judge(1, "something else")[0] is None
     assert judge(1, "========= ERROR SUMMARY: 0 errors")[0] is None, "the program failed by itself"
@@ -501,19 +528,27 @@ def test_commands_pass_by_their_exit_status(tmp_path: Path) -> None:
     from gpu import commands, results
     from gpu.setting import make_setting
 
-    setting = make_setting("commands", tmp_path, dry_run=True, limit_s=60.0, timed=False)
+    setting = make_setting("commands", tmp_path, dry_run=True, deadline=time.monotonic() + 60.0, timed=False)
     listed = [
         commands.Command(name="good", limit_s=20.0, words=("{python}", "-c", "print('2 passed')")),
         commands.Command(name="bad", limit_s=20.0, words=("{python}", "-c", "raise SystemExit('1 failed')")),
-        commands.Command(name="slow", limit_s=0.5, words=("{python}", "-c", "import time; time.sleep(30)")),
+        commands.Command(
+            name="slow",
+            limit_s=5.0,
+            words=("{python}", "-uc", "print('same 1.0 s a'); print('WRONG 0.1 s b: no'); import time; time.sleep(30)"),
+        ),
     ]
     commands.run(setting, listed)
-    found = {record["name"]: (record["ok"], record["detail"]) for record in results.read(tmp_path / "commands.jsonl")}
-    assert found == {
-        "good": (True, "2 passed"),
-        "bad": (False, "1 failed"),
-        "slow": (False, "not done after 0 s"),
+    records = list(results.read(tmp_path / "commands.jsonl"))
+    assert {record["name"]: record["ok"] for record in records if record["kind"] == "check"} == {
+        "good": True,
+        "bad": False,
+        "slow: a": True,
+        "slow: b: no": False,
     }
+    assert {record["detail"] for record in records if record["kind"] == "check"} >= {"2 passed", "1 failed"}
+    (note,) = (record["text"] for record in records if record["kind"] == "note")
+    assert note.startswith("slow: not done after 5 s")
 
 
 def test_an_unknown_section_is_refused() -> None:

@@ -125,3 +125,16 @@ def _end(process: subprocess.Popen[str]) -> None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(pause_s)
+
+
+def end_with_parent() -> None:
+    """In a job: its session ends when whoever started it is gone, killed perhaps, so that nothing is left on a GPU."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(0, signal.SIGKILL)
+
+    if os.getpgrp() == os.getpid():
+        threading.Thread(target=watch, daemon=True).start()

@@ -9,6 +9,7 @@ from .setting import Setting
 from .timing import Timing
 
 COPY_BYTES = 2 << 30
+COPY_PARTS = (4, 8, 32)
 MATMUL_SIZE = 8192
 
 
@@ -18,6 +19,10 @@ def run(setting: Setting) -> None:
     size = 1 << 20 if setting.dry_run else COPY_BYTES
     copy = _copy(setting, size)
     setting.release_memory()
+    for part in COPY_PARTS:  # a kernel moves less than the large copy, and a copy of that size may be slower, too
+        smaller = _copy(setting, size // part)
+        setting.out.facts(**{f"copy_of_1_{part}_gb_per_s": 2 * (size // part) / smaller.us / 1e3})
+        setting.release_memory()
     n = 64 if setting.dry_run else MATMUL_SIZE
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)

@@ -277,4 +277,9 @@ def _record(setting: Setting, name: str, problem: Callable[[], str | None]) -> N
         found = str(error)
     except Exception as error:  # whatever the compiler or the launch says
         found = f"{type(error).__name__}: {error}"
+        try:
+            setting.synchronize()
+        except Exception:  # nothing that this process asks of the device will be answered any more
+            setting.out.check(Check(name=name, ok=False, detail=found))
+            raise
     setting.out.check(Check(name=name, ok=found is None, detail=found or ""))

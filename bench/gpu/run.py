@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from .sections import SECTIONS, Section, of_run
 
 BUILD_LIMIT_S = 200.0
 REPORT_S = 6.0  # kept back for the table and the picture
+SLACK_S = 8.0  # between the end of a section by itself and by force
+WRITE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +76,24 @@ def check(options: Options) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     target = options.json_target or folder / "gpu_check.json"
     outcomes: list[Outcome] = []
+    sections = of_run(dry_run=options.dry_run, only=options.only)
+    writing = threading.Lock()
+
+    def write() -> None:
+        """With what running sections have found so far."""
+        with writing:
+            ended = {outcome.name for outcome in outcomes}
+            running = [Outcome(name=s.name, status="not ended", seconds=0.0) for s in sections if s.name not in ended]
+            report.write(report.assemble(folder, [*outcomes, *running], facts), target)
 
     def done(found: list[Outcome]) -> None:
         outcomes.extend(found)
         for outcome in found:
             print(f"== {outcome.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.detail}", flush=True)
-        report.write(report.assemble(folder, outcomes, facts), target)
+        write()
 
-    sections = of_run(dry_run=options.dry_run, only=options.only)
-    _run_sections(sections, budget, folder, options, done)
+    with _every(WRITE_EVERY_S, write):
+        _run_sections(sections, budget, folder, options, done)
     document = report.assemble(folder, outcomes, facts)
     status, verdict = report.exit_status(document, _must_be_done(options))
     document |= {"exit_status": status, "verdict": verdict}
@@ -89,6 +102,24 @@ def check(options: Options) -> int:
     _draw(document, options.plot_target or target.with_suffix(".png"))
     print(f"{verdict}; JSON: {target}", flush=True)
     return status
+
+
+@contextlib.contextmanager
+def _every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Calls it now and then, in a thread, and not after this."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _run_sections(
@@ -128,7 +159,8 @@ def _job(batch: list[Section], folder: Path, options: Options, budget: Budget) -
     limit = max(1.0, min(sum(section.limit_s for section in batch), budget.left_s()))
     name = ",".join(section.name for section in batch)
     # A section stops by itself a little earlier, between two cases.
-    words = ["--section", name, "--results", str(folder), "--limit", f"{max(1.0, limit - 3):.0f}"]
+    deadline = time.monotonic() + max(1.0, limit - SLACK_S)
+    words = ["--section", name, "--results", str(folder), "--deadline", f"{deadline:.1f}"]
     return Job(name=name, command=_command(options, *words), limit_s=limit)
 
 

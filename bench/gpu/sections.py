@@ -56,9 +56,9 @@ SECTIONS = (
     Section(name="layer-share", run="layer_share:run", step=6, limit_s=60, timed=True),
     # The programs use managed memory, whose faults could hang a device: after what is timed.
     Section(name="cuda-tests", run="correctness:run_programs", step=7, limit_s=90, correctness=True, in_dry_run=False),
-    Section(name="sanitizer", run="sanitizer:run", step=7, limit_s=60, in_dry_run=False),
-    Section(name="commands", run="commands:run", step=8, limit_s=200, needs_build=False, in_dry_run=False),
-    Section(name="peers", run="peers:run", step=9, limit_s=150, timed=True, needs_build=False),
+    Section(name="peers", run="peers:run", step=8, limit_s=150, timed=True, needs_build=False),
+    Section(name="commands", run="commands:run", step=9, limit_s=420, needs_build=False, in_dry_run=False),
+    Section(name="sanitizer", run="sanitizer:run", step=10, limit_s=90, in_dry_run=False),
 )
 SMALL = Section(name="small", run="correctness:run_small", step=0, limit_s=600)  # what the sanitizer runs
 DRY_HIDDEN = 256
@@ -78,12 +78,12 @@ def of_run(*, dry_run: bool, only: list[str] | None) -> list[Section]:
     return found
 
 
-def run_section(name: str, folder: Path, entry: Path, *, dry_run: bool, limit_s: float) -> None:
-    """In the process of the section."""
+def run_section(name: str, folder: Path, entry: Path, *, dry_run: bool, deadline: float) -> None:
+    """In the process of the section, which ends at `deadline` of time.monotonic()."""
     from .setting import make_setting  # torch: not for the process that starts the others
 
     section = by_name(name)
-    setting = make_setting(name, folder, dry_run=dry_run, limit_s=limit_s, timed=section.timed)
+    setting = make_setting(name, folder, dry_run=dry_run, deadline=deadline, timed=section.timed)
     module_name, function_name, *arguments = section.run.split(":")
     module = importlib.import_module(f".{module_name}", __package__)
     function: Callable[..., None] = getattr(module, function_name)

@@ -73,15 +73,15 @@ class Setting:
         return found
 
 
-def make_setting(section: str, folder: Path, *, dry_run: bool, limit_s: float, timed: bool) -> Setting:
-    """For the process of a section."""
+def make_setting(section: str, folder: Path, *, dry_run: bool, deadline: float, timed: bool) -> Setting:
+    """For the process of a section. deadline: of time.monotonic(), which all processes of a machine share."""
     timer: Timer = FakeTimer() if dry_run or not timed else CudaTimer()
     return Setting(
         dry_run=dry_run,
         folder=folder,
         out=results.Writer(folder / f"{section}.jsonl"),
         timer=timer,
-        deadline=time.monotonic() + limit_s,
+        deadline=deadline,
     )
 
 

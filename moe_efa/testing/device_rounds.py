@@ -50,6 +50,7 @@ class Case:
     chunk_rows: int = 0
     slots: int = 0
     buffers: str = "host"
+    buffers_on_gpu: str = "auto"  # between nodes tcp and shm reach no others than "host"
 
     @property
     def id(self) -> str:
@@ -78,9 +79,9 @@ class Case:
                 "chunk_rows": self.chunk_rows,
                 "slots": self.slots,
                 "memory_budget_bytes": 64 << 20,
-                "timeout_s": 60.0,
+                "timeout_s": 15.0 if device == "cuda" else 60.0,  # kernels say why before they are killed
                 "device": device,
-                "buffers": "auto" if device == "cuda" else self.buffers,  # there tcp and shm reach no other
+                "buffers": self.buffers_on_gpu if device == "cuda" else self.buffers,
                 **options,
             },
         )
