@@ -14,13 +14,15 @@ time). What is too slow changes no exit status.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
+import time
 from pathlib import Path
 
 from gpu import machine, package, sections
 from gpu.budget import end_with_parent
 from gpu.run import Options, build_all, check
+
+ALONE_S = 600.0  # for a section that is started by hand
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -36,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     inner = parser.add_argument_group("one section, as the check itself starts them")
     inner.add_argument("--section", help=argparse.SUPPRESS)
     inner.add_argument("--results", type=Path, help=argparse.SUPPRESS)
-    inner.add_argument("--deadline", type=float, default=math.inf, help=argparse.SUPPRESS)
+    inner.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     unknown = set(options.only or ()) - {section.name for section in sections.SECTIONS}
     if unknown:
@@ -47,16 +49,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main() -> int:
     options = parse(sys.argv[1:])
     entry = Path(__file__).resolve()
+    end_with_parent()
+    deadline = time.monotonic() + ALONE_S if options.deadline is None else options.deadline
     try:
         if options.section:
-            end_with_parent()
             package.use_tree()
             if options.dry_run:
                 from gpu import dry_run
 
                 dry_run.use_interpreter()
             for name in options.section.split(","):
-                sections.run_section(name, options.results, entry, dry_run=options.dry_run, deadline=options.deadline)
+                sections.run_section(name, options.results, entry, dry_run=options.dry_run, deadline=deadline)
             return 0
         if options.build:
             capability = None

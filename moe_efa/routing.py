@@ -65,7 +65,7 @@ def softmax_topk(
 def kept_groups(groups: Tensor, out: Tensor) -> Tensor:
     """[..., G, E / G] biased scores and [..., G] which groups are out -> [..., E], where those come after all others.
 
-    A bias of -inf, which takes an expert out, must not put it level with those.
+    A bias of -inf, which takes an expert out, must not put it level with those; it then counts as the lowest number.
     """
     lowest = torch.finfo(groups.dtype).min
     return groups.clamp(min=lowest).masked_fill(out[..., None], float("-inf")).flatten(-2)

@@ -29,7 +29,8 @@ class Outcome:
     """What became of a job.
 
     Attributes:
-        status: "done", "failed" (its exit status is not 0), "cut" (it ran out of time) or "left out".
+        status: "done", "failed" (its exit status is not 0), "cut" (it ran out of time), "left out", or
+            "not ended" while the others are under way.
         detail: why, for people.
     """
 
@@ -128,7 +129,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def end_with_parent() -> None:
-    """In a job: its session ends when whoever started it is gone, killed perhaps, so that nothing is left on a GPU."""
+    """In a job: its session ends when whoever started it is gone, killed perhaps, so that nothing is left on a GPU.
+
+    Does nothing in a process that does not lead a session, as those do that a shell starts.
+    """
     parent = os.getppid()
 
     def watch() -> None:
@@ -136,5 +140,5 @@ def end_with_parent() -> None:
             time.sleep(1.0)
         os.killpg(0, signal.SIGKILL)
 
-    if os.getpgrp() == os.getpid():
+    if os.getsid(0) == os.getpid():
         threading.Thread(target=watch, daemon=True).start()

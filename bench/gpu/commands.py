@@ -1,7 +1,7 @@
 """Commands that are given a GPU and a time limit: the place of what needs several ranks or a test runner.
 
 Each must pass by its exit status; what it says of single cases counts as it comes. `{python}` is replaced. Running out
-of time is no verdict.
+of time is no verdict. One that did not pass ends the list: the others need what it makes.
 """
 
 from __future__ import annotations
@@ -39,38 +39,55 @@ def run(setting: Setting, commands: Sequence[Command] = COMMANDS) -> None:
     """One after the other."""
     if not commands:
         setting.out.note("no commands of several ranks are listed")
-    for command in commands:
-        limit = min(command.limit_s, setting.time_left_s())
-        if setting.has_time_for(command.name, min(5.0, command.limit_s)):
-            _run(setting, command, limit)
+    for index, command in enumerate(commands):
+        if not setting.has_time_for(command.name, min(5.0, command.limit_s)) or not _Run(setting, command).passed():
+            for other in commands[index + 1 :]:
+                setting.out.note(f"left out, for what comes before did not pass: {other.name}")
+            return
 
 
-def _run(setting: Setting, command: Command, limit_s: float) -> None:
-    words = [word.format(python=sys.executable) for word in command.words]
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    lines: deque[str] = deque(maxlen=8)
-    reader = threading.Thread(target=_read, args=(setting, command, process, lines), daemon=True)
-    reader.start()
-    try:
-        status = process.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        setting.out.note(f"{command.name}: not done after {limit_s:.0f} s; of the rest nothing is claimed")
-        return
-    reader.join(5.0)  # what it has left running may hold the pipe
-    tail = " | ".join(list(lines)[-1:] if status == 0 else lines)
-    setting.out.check(Check(name=command.name, ok=status == 0, detail=tail))
+class _Run:
+    """One command under way."""
 
+    def __init__(self, setting: Setting, command: Command) -> None:
+        self._setting, self._command = setting, command
+        words = [word.format(python=sys.executable) for word in command.words]
+        self._process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        self._tail: deque[str] = deque(maxlen=8)
+        self._ended = threading.Event()
 
-def _read(setting: Setting, command: Command, process: subprocess.Popen[str], lines: deque[str]) -> None:
-    """A line that is a verdict is a comparison, as soon as it comes."""
-    assert process.stdout is not None
-    for line in map(str.strip, process.stdout):
-        print(f"  {line}", flush=True)
-        lines.append(line)
-        verdict, _, rest = line.partition(" ")
-        if verdict in VERDICTS:
-            case = rest.partition(" s ")[2].strip()
-            setting.out.check(Check(name=f"{command.name}: {case}", ok=VERDICTS[verdict], detail=line))
+    def passed(self) -> bool:
+        """Waits for it and records what it was."""
+        limit = min(self._command.limit_s, self._setting.time_left_s())
+        reader = threading.Thread(target=self._read, daemon=True)
+        reader.start()
+        name, status = self._command.name, None
+        try:
+            status = self._process.wait(limit)
+            reader.join(5.0)  # what it has left running may hold the pipe
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._ended.set()
+        if status is None:
+            self._setting.out.note(f"{name}: not done after {limit:.0f} s; of the rest nothing is claimed")
+            return False
+        detail = " | ".join(list(self._tail)[-1:] if status == 0 else self._tail)
+        self._setting.out.check(Check(name=name, ok=status == 0, detail=detail))
+        return status == 0
+
+    def _read(self) -> None:
+        """A line that is a verdict is a comparison, as soon as it comes; what it says behind two spaces is why."""
+        assert self._process.stdout is not None
+        for line in map(str.rstrip, self._process.stdout):
+            if self._ended.is_set():
+                return
+            print(f"  {line}", flush=True)
+            self._tail.append(line.strip())
+            verdict, _, rest = line.partition(" ")
+            if verdict in VERDICTS:
+                case, _, why = rest.partition(" s ")[2].strip().partition("  ")
+                name = f"{self._command.name}: {case}"
+                self._setting.out.check(Check(name=name, ok=VERDICTS[verdict], detail=why))

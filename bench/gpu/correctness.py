@@ -243,16 +243,12 @@ def cuda_problems(
 
 
 def run_programs(setting: Setting) -> None:
-    """The tests of the CUDA bodies, launched: everything bit by bit against the CPU kernels."""
+    """The tests of the CUDA bodies, launched: everything bit by bit against the CPU kernels.
+
+    No limit of its own: a section that is cut is no verdict.
+    """
     for test in TESTS:
-        limit = max(1.0, setting.time_left_s())
-        try:
-            result = subprocess.run(
-                [str(WORK / test.stem)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            setting.out.check(Check(name=test.stem, ok=False, detail=f"not done after {limit:.0f} s"))
-            continue
+        result = subprocess.run([str(WORK / test.stem)], cwd=ROOT, capture_output=True, text=True, check=False)
         lines = (result.stdout + result.stderr).strip().splitlines()
         detail = lines[-1] if result.returncode == 0 and lines else " | ".join(lines[:6] + lines[-2:])
         setting.out.check(Check(name=test.stem, ok=result.returncode == 0, detail=detail))

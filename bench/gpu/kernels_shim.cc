@@ -39,7 +39,8 @@ constexpr auto kDispatch = Phase::kDispatch;
 // Of every wait of a kernel: none has long to wait, but under a tool that slows it down.
 std::uint64_t timeout_ns() {
   const char* text = std::getenv("SHIM_TIMEOUT_S");
-  return std::uint64_t{1'000'000'000} * (text == nullptr ? 2 : std::strtoul(text, nullptr, 10));
+  std::uint64_t seconds = text == nullptr ? 0 : std::strtoul(text, nullptr, 10);
+  return std::uint64_t{1'000'000'000} * (seconds == 0 ? 2 : seconds);
 }
 
 [[noreturn]] void fail(const std::string& text) { throw std::runtime_error(text); }

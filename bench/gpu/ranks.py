@@ -2,7 +2,7 @@
 rounds on the CPU, and what a killed rank does. Nodes are joined by libfabric's tcp provider where there is libfabric,
 otherwise by shared memory.
 
-    python bench/gpu/ranks.py [--device cuda]
+    python bench/gpu/ranks.py [--device cuda] [--buffers auto]
 
 Needs the built package. Exit status 1 where anything differs.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moe_efa import build_info
+from moe_efa import PeerTimeoutError, build_info
 from moe_efa.testing.device_rounds import (
     CASES,
     MANY_RANKS,
@@ -95,8 +95,10 @@ def main() -> int:
             print(f"same  {time.monotonic() - begin:5.1f} s  {name}", flush=True)
         except Exception as error:
             wrong += 1
-            late += isinstance(error, TimeoutError)
-            print(f"WRONG {time.monotonic() - begin:5.1f} s  {name}: {error}", flush=True)
+            late += isinstance(error, TimeoutError) or isinstance(error.__cause__, PeerTimeoutError)
+            why = (str(error).strip() or type(error).__name__).splitlines()
+            print(f"WRONG {time.monotonic() - begin:5.1f} s  {name}  {why[-1]}", flush=True)
+            print(*(f"        {line}" for line in why[:-1]), sep="\n", flush=True)
         else:
             same += 1
     print(f"{same} of {len(jobs)} as on the CPU")

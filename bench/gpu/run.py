@@ -1,4 +1,4 @@
-"""The whole check: build, sections, and after each step the document, so that whoever ends it leaves what was done."""
+"""The whole check: build, sections, and every few seconds the document: whoever ends it leaves what was done."""
 
 from __future__ import annotations
 
@@ -82,9 +82,10 @@ def check(options: Options) -> int:
     def write() -> None:
         """With what running sections have found so far."""
         with writing:
-            ended = {outcome.name for outcome in outcomes}
-            running = [Outcome(name=s.name, status="not ended", seconds=0.0) for s in sections if s.name not in ended]
-            report.write(report.assemble(folder, [*outcomes, *running], facts), target)
+            now = list(outcomes)
+            ended = {outcome.name for outcome in now}
+            now += [Outcome(name=s.name, status="not ended", seconds=0.0) for s in sections if s.name not in ended]
+            report.write(report.assemble(folder, now, facts), target)
 
     def done(found: list[Outcome]) -> None:
         outcomes.extend(found)

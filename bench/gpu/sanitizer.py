@@ -79,11 +79,14 @@ def judge(status: int, output: str) -> tuple[bool | None, str]:
     lines = [line.lstrip("= ") for line in output.splitlines() if line.startswith("=====")]
     if any("not supported" in line.lower() for line in lines) or not counts:
         return None, f"exit status {status}: {' | '.join(lines[:3] or output.splitlines()[-3:])}"
+    warnings = [line for line in lines if re.search(r"RACECHECK SUMMARY: .*[1-9]\d* warning", line)]
+    if status == ERRORS and sum(counts) == 0 and warnings:
+        return None, warnings[0]
     if sum(counts) > 0 or status == ERRORS:
         return False, f"{sum(counts)} errors: {' | '.join(lines[1:6])}"
     if status != 0:
         return None, f"exit status {status} without errors of the tool: {' | '.join(output.splitlines()[-3:])}"
-    return True, "0 errors"
+    return True, warnings[0] if warnings else "0 errors"
 
 
 def small_command(entry: Path, folder: Path) -> list[str]:

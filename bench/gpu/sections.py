@@ -54,7 +54,7 @@ SECTIONS = (
     Section(name="triton-speed", run="triton_speed:run", step=4, limit_s=110, timed=True, needs_build=False),
     Section(name="grouped-gemm", run="grouped_gemm:run", step=5, limit_s=70, timed=True, needs_build=False),
     Section(name="layer-share", run="layer_share:run", step=6, limit_s=60, timed=True),
-    # The programs use managed memory, whose faults could hang a device: after what is timed.
+    # The programs use managed memory, whose faults could hang a device: after most of what is timed.
     Section(name="cuda-tests", run="correctness:run_programs", step=7, limit_s=90, correctness=True, in_dry_run=False),
     Section(name="peers", run="peers:run", step=8, limit_s=150, timed=True, needs_build=False),
     Section(name="commands", run="commands:run", step=9, limit_s=420, needs_build=False, in_dry_run=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -38,13 +39,13 @@ def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: 
 def check_positive(**numbers: int) -> None:
     """Sizes, which become part of a kernel or of shapes."""
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ValueError(f"{name} must be a positive integer, got {number!r}")
 
 
 def check_number(name: str, number: float) -> None:
     """A factor or a bound, which becomes part of a kernel: no tensor."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise ValueError(f"{name} must be a number, got {type(number).__name__}")
 
 

@@ -47,7 +47,8 @@ def grouped_gemm_fp8_kernel(  # type: ignore[no-untyped-def]
     group = tl.arange(0, padded_groups)
     begin = tl.load(offsets_ptr + group, mask=group <= num_experts, other=0)
     end = tl.load(offsets_ptr + group + 1, mask=group < num_experts, other=0)
-    # Whatever offsets say, nothing is written behind out.
+    # Whatever offsets say, nothing is written outside out.
+    begin = tl.maximum(begin, 0)
     end = tl.minimum(tl.where(group == num_experts, num_rows, end), num_rows)
     tiles = tl.where(group <= num_experts, (end - begin + block_size - 1) // block_size, 0)
     tiles_until = tl.cumsum(tiles, axis=0)

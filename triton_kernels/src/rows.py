@@ -48,12 +48,16 @@ def store_row_weights(  # type: ignore[no-untyped-def]
 
 
 def check_num_rows(num_rows: int | None) -> int | None:
-    """As an int; ValueError for what counts no rows."""
+    """As an int. One that is a tensor of a device is waited for."""
     if num_rows is None:
         return None
-    if operator.index(num_rows) < 0:
-        raise ValueError(f"num_rows must not be negative, got {num_rows}")
-    return operator.index(num_rows)
+    try:
+        number = operator.index(num_rows)
+    except TypeError:
+        raise ValueError(f"num_rows must be an integer, got {num_rows!r}") from None
+    if number < 0:
+        raise ValueError(f"num_rows must not be negative, got {number}")
+    return number
 
 
 def padding_programs(plan: RowPlan, num_rows: int | None) -> tuple[int, int]:
