@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PARENT = "GPU_CHECK_PARENT"  # in the environment of a job: the process that started it
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -71,6 +73,7 @@ class Budget:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env={**os.environ, PARENT: str(os.getpid())},
             start_new_session=True,  # so that what it starts ends with it
         )
         tail: deque[str] = deque(maxlen=3)
@@ -129,16 +132,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def end_with_parent() -> None:
-    """In a job: its session ends when whoever started it is gone, killed perhaps, so that nothing is left on a GPU.
-
-    Does nothing in a process that does not lead a session, as those do that a shell starts.
+    """In a job: its session ends when the check that started it is gone, killed perhaps, so that nothing is left on a
+    GPU. Does nothing in other processes.
     """
-    parent = os.getppid()
+    parent = os.environ.pop(PARENT, None)  # not for what the job starts
+    if parent is None:
+        return
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == int(parent):
             time.sleep(1.0)
         os.killpg(0, signal.SIGKILL)
 
-    if os.getsid(0) == os.getpid():
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

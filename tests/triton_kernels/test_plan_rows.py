@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,7 @@ def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:
         (torch.tensor([[1 << 32]]), {}, r"in \[-1, 3\)"),
         (torch.tensor([[0]]), {"num_experts": 0}, "num_experts"),
         (torch.tensor([[0]]), {"expert_alignment": 0}, "expert_alignment"),
+        (torch.tensor([[0]]), {"num_experts": np.int64(3)}, "num_experts must be a positive integer"),
         (torch.tensor([[0]]), {"expert_alignment": 2.5}, "expert_alignment must be a positive integer"),
         (torch.tensor([[0]]), {"expert_alignment": 1 << 30}, "too many"),
     ],
@@ -104,6 +106,7 @@ def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:
         "id--2",
         "id-2-to-32",
         "no-experts",
+        "numpy",
         "align-0",
         "align-2.5",
         "too-many",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,12 @@ def test_an_expert_that_a_bias_takes_out_still_comes_before_other_groups(
 def test_no_tokens_with_groups(function: Callable[..., Routing], device: torch.device) -> None:
     routing = function(torch.zeros(0, 6, device=device), 2, score_function="sigmoid", n_group=3, topk_group=2)
     assert [tuple(tensor.shape) for tensor in routing] == [(0, 2), (0, 2), (0, 6)]
+
+
+def test_a_factor_of_numpy_is_a_number(device: torch.device) -> None:
+    logits = torch.randn(3, 8, device=device)
+    weights = [router_topk(logits, 2, routed_scaling_factor=two).topk_weights for two in (2.0, np.float32(2))]
+    assert torch.equal(*weights)
 
 
 def test_docstring_example(run_docstring_example: Callable[..., None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def check_tensor(name: str, x: Tensor, *, shape: tuple[int | str, ...], dtypes: 
 def check_positive(**numbers: int) -> None:
     """Sizes, which become part of a kernel or of shapes."""
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a positive integer, got {number!r}")
 
 
@@ -47,6 +47,14 @@ def check_number(name: str, number: float) -> None:
     """A factor or a bound, which becomes part of a kernel: no tensor."""
     if isinstance(number, bool) or not isinstance(number, Real):
         raise ValueError(f"{name} must be a number, got {type(number).__name__}")
+
+
+def check_ids(topk_idx: Tensor, num_experts: int) -> None:
+    """-1 or an expert. Looked at on the CPU; on a GPU that would wait."""
+    if topk_idx.is_cpu and topk_idx.numel():
+        least, largest = int(topk_idx.min()), int(topk_idx.max())
+        if not -1 <= least <= largest < num_experts:
+            raise ValueError(f"topk_idx must be in [-1, {num_experts}), got {least} to {largest}")
 
 
 def check_limit(limit: float | None) -> None:

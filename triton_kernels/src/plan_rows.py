@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import ASSERTING, check_devices, check_positive, check_tensor
+from .checks import ASSERTING, check_devices, check_ids, check_positive, check_tensor
 from .reference import RowPlan
 
 SLOTS_PER_PROGRAM = 128  # ranks are counted by comparing every pair of these
@@ -128,14 +128,13 @@ def plan_rows(topk_idx: Tensor, *, num_experts: int, expert_alignment: int = 1) 
     """
     check_tensor("topk_idx", topk_idx, shape=("num_tokens", "top_k"), dtypes=(torch.int64, torch.int32))
     check_positive(num_experts=num_experts, expert_alignment=expert_alignment)
-    if not 1 <= num_experts <= 4096:
-        raise ValueError(f"num_experts must be in [1, 4096], got {num_experts}")
+    if num_experts > 4096:
+        raise ValueError(f"num_experts must be at most 4096, got {num_experts}")
     num_slots = topk_idx.numel()
     if num_slots + num_experts * (expert_alignment - 1) >= 1 << 31:
         raise ValueError(f"{num_slots} selections in {num_experts} experts aligned to {expert_alignment} are too many")
     check_devices(count_kernel, topk_idx)
-    if topk_idx.device.type == "cpu" and num_slots and not -1 <= topk_idx.min() <= topk_idx.max() < num_experts:
-        raise ValueError(f"topk_idx must be in [-1, {num_experts}), got {topk_idx.min()} to {topk_idx.max()}")
+    check_ids(topk_idx, num_experts)
 
     device = topk_idx.device
     num_blocks = max(1, triton.cdiv(num_slots, SLOTS_PER_PROGRAM))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_efa.routing import Routing, check_groups
 
-from .checks import ASSERTING, FLOATS, check_devices, check_number, check_positive, check_tensor
+from .checks import ASSERTING, FLOATS, check_devices, check_ids, check_number, check_positive, check_tensor
 
 MAX_EXPERTS = 4096
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -166,7 +166,7 @@ def router_topk(
         raise ValueError("a bias and groups go with score_function='sigmoid'")
     check_positive(top_k=top_k, n_group=n_group, topk_group=topk_group)
     check_number("routed_scaling_factor", routed_scaling_factor)
-    if num_experts > MAX_EXPERTS or not 1 <= top_k <= num_experts:
+    if num_experts > MAX_EXPERTS or top_k > num_experts:
         raise ValueError(f"top_k={top_k} of {num_experts} experts is not supported (at most {MAX_EXPERTS} experts)")
     check_groups(num_experts, top_k, n_group, topk_group)
     if e_score_correction_bias is not None:
@@ -207,14 +207,6 @@ def router_topk(
             **ASSERTING,
         )
     return Routing(chosen, weights, scores)
-
-
-def check_ids(topk_idx: Tensor, num_experts: int) -> None:
-    """Looked at on the CPU; on a GPU that would wait."""
-    if topk_idx.is_cpu and topk_idx.numel():
-        least, largest = int(topk_idx.min()), int(topk_idx.max())
-        if not -1 <= least <= largest < num_experts:
-            raise ValueError(f"topk_idx must be in [-1, {num_experts}), got {least} to {largest}")
 
 
 def tile(num_experts: int, n_group: int) -> tuple[int, int]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from moe_efa.routing import Routing
 
-from .checks import FLOATS, check_devices, check_number, check_tensor
+from .checks import FLOATS, check_devices, check_ids, check_number, check_tensor
 from .numerics import rounded
-from .router_topk import MAX_EXPERTS, SCORE_FUNCTIONS, SIGMOID_EPSILON, check_ids, num_warps
+from .router_topk import MAX_EXPERTS, SCORE_FUNCTIONS, SIGMOID_EPSILON, num_warps
 
 
 @triton.jit  # type: ignore[untyped-decorator]
